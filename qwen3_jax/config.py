@@ -1,0 +1,264 @@
+"""The architecture of a Qwen3 model, in Hugging Face's field names (report, section 2).
+
+`ModelConfig` says what the network *is*; how it is computed (dtype, rematerialisation, expert dispatch) is said
+by the attributes of `qwen3_jax.model.Qwen3`. A `config.json` is read in both spellings that exist, that of the
+released files and that of transformers 5, and written in the released one, which both read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# Keys of a config.json that change nothing in the network: provenance, generation, output switches of transformers.
+_NEUTRAL_KEYS = frozenset(
+    """_attn_implementation _name_or_path add_cross_attention architectures attn_implementation auto_map
+    chunk_size_feed_forward cross_attention_hidden_size dtype finetuning_task id2label is_decoder is_encoder_decoder
+    label2id max_window_layers model_type name_or_path output_attentions output_hidden_states output_router_logits
+    prefix problem_type return_dict task_specific_params tokenizer_class torch_dtype transformers_version use_cache
+    use_return_dict""".split()
+)
+# Keys that are faithful at one value only; the rest is a network this project does not build.
+_FIXED_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "attention_dropout": (0, None),
+    "use_sliding_window": (False, None),
+    "pruned_heads": ({}, None),
+}
+_YARN_KEYS = frozenset("rope_type type factor original_max_position_embeddings rope_theta".split())
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """YaRN context extension (Peng et al. 2023) as transformers defines it; Qwen3 uses factor 4 over 32,768."""
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ValueError(f"rope_scaling.factor: {self.factor!r}; a number >= 1 fits")
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any], where: str) -> RopeScaling | None:
+        """From a `rope_scaling` or `rope_parameters` table; None for plain RoPE."""
+        kind = raw.get("rope_type", raw.get("type", "default"))
+        if kind == "default":
+            _refuse_unknown(raw, {"rope_type", "type", "rope_theta"}, where)
+            return None
+        if kind != "yarn":
+            raise ValueError(f"{where}.rope_type: {kind!r} is not supported; 'default' or 'yarn' fits")
+        optional = {"attention_factor", "beta_fast", "beta_slow"}
+        _refuse_unknown(raw, _YARN_KEYS | optional, where)
+        # transformers would derive a missing factor or length from others, differently by version: never guess.
+        missing = {"factor", "original_max_position_embeddings"} - raw.keys()
+        if missing:
+            raise ValueError(f"{where}: YaRN needs {', '.join(sorted(missing))} to be written out")
+        given = {key: raw[key] for key in optional if raw.get(key) is not None}
+        return cls(float(raw["factor"]), int(raw["original_max_position_embeddings"]), **given)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A Qwen3 network. Every field bears Hugging Face's name and meaning; `num_experts == 0` is a dense model.
+
+    Raises:
+      ValueError: naming the field, its value and what would fit.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position_embeddings: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    router_aux_loss_coef: float = 0.001
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mlp_only_layers", tuple(self.mlp_only_layers))
+        positive = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+        positive += ["head_dim", "intermediate_size", "max_position_embeddings", "rope_theta", "decoder_sparse_step"]
+        if self.num_experts:
+            positive += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"]
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: {getattr(self, name)!r}; a number > 0 fits")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads "
+                f"({self.num_attention_heads}); a divisor fits"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: {self.head_dim} is odd; rotary embedding needs an even number")
+        if self.num_experts and self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok: {self.num_experts_per_tok}; at most num_experts ({self.num_experts}) fits"
+            )
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) routes to experts, by transformers' rule."""
+        sparse = (layer + 1) % self.decoder_sparse_step == 0
+        return self.num_experts > 0 and layer not in self.mlp_only_layers and sparse
+
+    @property
+    def layer_runs(self) -> tuple[tuple[int, int], ...]:
+        """Longest runs `(start, stop)` of equal layers, in order; each run is one scan."""
+        kinds = [self.is_moe_layer(layer) for layer in range(self.num_hidden_layers)]
+        starts = [i for i in range(len(kinds)) if i == 0 or kinds[i] != kinds[i - 1]]
+        return tuple(zip(starts, [*starts[1:], len(kinds)], strict=True))
+
+    @property
+    def num_params(self) -> int:
+        """Number of weights, tied ones once."""
+        return self._count_params(self.num_experts)
+
+    @property
+    def num_active_params(self) -> int:
+        """Number of weights that one token meets: of the experts, the `num_experts_per_tok` chosen."""
+        return self._count_params(self.num_experts_per_tok)
+
+    def _count_params(self, experts: int) -> int:
+        d, h = self.hidden_size, self.head_dim
+        attention = 2 * d * h * (self.num_attention_heads + self.num_key_value_heads) + 2 * h + 2 * d
+        dense = 3 * d * self.intermediate_size
+        sparse = self.num_experts * d + experts * 3 * d * self.moe_intermediate_size
+        num_sparse = sum(self.is_moe_layer(layer) for layer in range(self.num_hidden_layers))
+        layers = self.num_hidden_layers * attention + num_sparse * sparse
+        layers += (self.num_hidden_layers - num_sparse) * dense
+        return layers + self.vocab_size * d * (1 if self.tie_word_embeddings else 2) + d
+
+    @classmethod
+    def preset(cls, name: str) -> ModelConfig:
+        """The configuration `configs/model/<name>.yaml`: a released size, or `qwen3-tiny`."""
+        folder = presets_dir()
+        path = folder / f"{name}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+            raise ValueError(f"model preset: {name!r} is unknown; one of {known} fits")
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if raw.get("rope_scaling"):
+            raw["rope_scaling"] = RopeScaling(**raw["rope_scaling"])
+        return cls(**raw)
+
+    @classmethod
+    def from_hf(cls, source: str | Path | Mapping[str, Any]) -> ModelConfig:
+        """From a Hugging Face `config.json`: its path, its directory, or its content.
+
+        Nothing is filled in silently: transformers' class defaults are not Qwen3's values, so a key that shapes
+        the network must be there, and a key that this class cannot represent is refused by name.
+        """
+        raw = dict(source) if isinstance(source, Mapping) else _read_config_json(Path(source))
+        model_type = raw.get("model_type")
+        if model_type not in ("qwen3", "qwen3_moe"):
+            raise ValueError(f"model_type: {model_type!r} is not supported; 'qwen3' or 'qwen3_moe' fits")
+        for key, allowed in _FIXED_VALUES.items():
+            if key in raw and raw[key] not in allowed:
+                raise ValueError(f"{key}: {raw[key]!r} is not supported; {allowed[0]!r} fits")
+        if set(raw.get("layer_types") or ()) - {"full_attention"}:
+            raise ValueError(f"layer_types: {raw['layer_types']!r} is not supported; all 'full_attention' fits")
+
+        fields: dict[str, Any] = {}
+        rope = dict(raw.get("rope_parameters") or {})
+        fields["rope_theta"] = raw.get("rope_theta", rope.get("rope_theta"))
+        if rope:
+            fields["rope_scaling"] = RopeScaling.from_hf(rope, "rope_parameters")
+        elif raw.get("rope_scaling"):
+            fields["rope_scaling"] = RopeScaling.from_hf(raw["rope_scaling"], "rope_scaling")
+        names = {field.name for field in dataclasses.fields(cls)} - {"rope_theta", "rope_scaling"}
+        moe = model_type == "qwen3_moe"
+        aliases = {"num_local_experts": "num_experts"} if moe else {}
+        for key, value in raw.items():
+            name = aliases.get(key, key)
+            if name in names and value is not None:
+                fields[name] = value
+        required = """vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+            intermediate_size max_position_embeddings rope_theta rms_norm_eps tie_word_embeddings""".split()
+        if moe:
+            required += ["num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"]
+            required += ["decoder_sparse_step", "mlp_only_layers"]
+        missing = [name for name in required if fields.get(name) is None]
+        if missing:
+            raise ValueError(
+                f"config.json: {', '.join(missing)} missing; transformers' defaults are not Qwen3's values"
+            )
+        eos = fields.get("eos_token_id")
+        if isinstance(eos, list):
+            if len(eos) != 1:
+                raise ValueError(f"eos_token_id: {eos!r}; one id fits (further ones belong to generation_config.json)")
+            fields["eos_token_id"] = eos[0]
+        known = names | _NEUTRAL_KEYS | _FIXED_VALUES.keys() | aliases.keys()
+        known |= {"rope_theta", "rope_scaling", "rope_parameters", "layer_types", "sliding_window"}
+        _refuse_unknown(raw, known, "config.json")
+        return cls(**fields)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of a `config.json` in the spelling of the released files."""
+        moe = self.num_experts > 0
+        raw = dataclasses.asdict(self)
+        raw["mlp_only_layers"] = list(self.mlp_only_layers)
+        scaling = raw.pop("rope_scaling")
+        if scaling is not None:
+            scaling = {"rope_type": "yarn", **{key: value for key, value in scaling.items() if value is not None}}
+        if not moe:
+            for key in """num_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step
+                mlp_only_layers router_aux_loss_coef""".split():
+                del raw[key]
+        return {
+            "architectures": ["Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"],
+            "model_type": "qwen3_moe" if moe else "qwen3",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            "sliding_window": None,
+            "use_sliding_window": False,
+            **{key: value for key, value in raw.items() if value is not None},
+            "rope_scaling": scaling,
+        }
+
+
+def presets_dir() -> Path:
+    """`configs/model`: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).parent
+    inside = package / "configs" / "model"
+    return inside if inside.is_dir() else package.parent / "configs" / "model"
+
+
+def _read_config_json(path: Path) -> dict[str, Any]:
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"model: {str(path)!r} does not exist; a directory with a config.json fits") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def _refuse_unknown(raw: Mapping[str, Any], known: set[str] | frozenset[str], where: str) -> None:
+    unknown = sorted(key for key in raw if key not in known and raw[key] is not None)
+    if unknown:
+        raise ValueError(f"{where}: {', '.join(unknown)} not supported; remove what does not shape the network")

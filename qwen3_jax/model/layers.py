@@ -1,0 +1,166 @@
+"""One decoder layer: attention and a dense or routed MLP, each behind a pre-norm (report, section 2).
+
+Weights keep Hugging Face's names and its [out, in] order, heads split off the out axis; loading a checkpoint is
+renaming, reshaping and stacking, never transposing.
+
+Shapes: B batch, T tokens, D hidden_size, N query heads, K key-value heads, H head_dim, R = H / 2, F MLP width,
+E experts, S cache slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from qwen3_jax.config import ModelConfig
+from qwen3_jax.ops.attention import attention
+from qwen3_jax.ops.moe import RouterStats, expert_capacity, moe_capacity, moe_exact, route
+from qwen3_jax.ops.norm import rms_norm
+from qwen3_jax.ops.rope import apply_rope
+from sharding import constrain
+
+
+@struct.dataclass
+class Context:
+    """What all layers of one forward pass share.
+
+    cos_BTR, sin_BTR: rotary tables. mask_BTS: where each query may look. valid_BT: false at padding.
+    slot: first cache slot to write, None without a cache.
+    """
+
+    cos_BTR: jax.Array
+    sin_BTR: jax.Array
+    mask_BTS: jax.Array
+    valid_BT: jax.Array
+    slot: jax.Array | None
+
+
+def declare(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Any) -> jax.Array:
+    """Declares one float32 weight with its logical axes."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with RMSNorm on each head of q and k, and rotary positions."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cached: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        cfg, dtype = self.config, x_BTD.dtype
+        d, n, k, h = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+        init = nn.initializers.normal(cfg.initializer_range)
+        wq_NHD = declare(self, "q_proj", (n, h, d), ("heads", "head_dim", "embed"), init)
+        wk_KHD = declare(self, "k_proj", (k, h, d), ("kv_heads", "head_dim", "embed"), init)
+        wv_KHD = declare(self, "v_proj", (k, h, d), ("kv_heads", "head_dim", "embed"), init)
+        wo_DNH = declare(self, "o_proj", (d, n, h), ("embed", "heads", "head_dim"), init)
+        q_norm_H = declare(self, "q_norm", (h,), ("norm",), nn.initializers.ones)
+        k_norm_H = declare(self, "k_norm", (h,), ("norm",), nn.initializers.ones)
+
+        q_BTNH = jnp.einsum("BTD,NHD->BTNH", x_BTD, wq_NHD.astype(dtype))
+        k_BTKH = jnp.einsum("BTD,KHD->BTKH", x_BTD, wk_KHD.astype(dtype))
+        v_BTKH = jnp.einsum("BTD,KHD->BTKH", x_BTD, wv_KHD.astype(dtype))
+        q_BTNH = apply_rope(rms_norm(q_BTNH, q_norm_H, cfg.rms_norm_eps), context.cos_BTR, context.sin_BTR)
+        k_BTKH = apply_rope(rms_norm(k_BTKH, k_norm_H, cfg.rms_norm_eps), context.cos_BTR, context.sin_BTR)
+        q_BTNH = constrain(q_BTNH, "batch", "length", "act_heads", "head_dim")
+        k_BSKH = constrain(k_BTKH, "batch", "length", "act_kv_heads", "head_dim")
+        v_BSKH = constrain(v_BTKH, "batch", "length", "act_kv_heads", "head_dim")
+        if cached is not None:
+            start = (0, context.slot, 0, 0)
+            k_BSKH = jax.lax.dynamic_update_slice(cached[0], k_BSKH.astype(cached[0].dtype), start)
+            v_BSKH = jax.lax.dynamic_update_slice(cached[1], v_BSKH.astype(cached[1].dtype), start)
+            cached = (k_BSKH, v_BSKH)
+        out_BTNH = attention(q_BTNH, k_BSKH.astype(dtype), v_BSKH.astype(dtype), context.mask_BTS)
+        out_BTD = jnp.einsum("BTNH,DNH->BTD", out_BTNH, wo_DNH.astype(dtype))
+        return constrain(out_BTD, "batch", "length", "act_embed"), cached
+
+
+class Mlp(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        cfg, dtype = self.config, x_BTD.dtype
+        d, f = cfg.hidden_size, cfg.intermediate_size
+        init = nn.initializers.normal(cfg.initializer_range)
+        gate_FD = declare(self, "gate_proj", (f, d), ("mlp", "embed"), init)
+        up_FD = declare(self, "up_proj", (f, d), ("mlp", "embed"), init)
+        down_DF = declare(self, "down_proj", (d, f), ("embed", "mlp"), init)
+        gate_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, gate_FD.astype(dtype))
+        up_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, up_FD.astype(dtype))
+        hidden_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", "length", "act_mlp")
+        return jnp.einsum("BTF,DF->BTD", hidden_BTF, down_DF.astype(dtype))
+
+
+class MoeMlp(nn.Module):
+    """Routed SwiGLU experts; `capacity_factor` None is the exact mode, in which nothing is dropped."""
+
+    config: ModelConfig
+    capacity_factor: float | None
+    group_size: int
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
+        cfg, dtype = self.config, x_BTD.dtype
+        d, f, e = cfg.hidden_size, cfg.moe_intermediate_size, cfg.num_experts
+        init = nn.initializers.normal(cfg.initializer_range)
+        router_ED = declare(self, "router", (e, d), ("router", "embed"), init)
+        gate_EFD = declare(self, "gate_proj", (e, f, d), ("expert", "mlp", "embed"), init)
+        up_EFD = declare(self, "up_proj", (e, f, d), ("expert", "mlp", "embed"), init)
+        down_EDF = declare(self, "down_proj", (e, d, f), ("expert", "embed", "mlp"), init)
+        experts = (gate_EFD.astype(dtype), up_EFD.astype(dtype), down_EDF.astype(dtype))
+
+        # HIGHEST: a TPU would otherwise multiply float32 in one bfloat16 pass, and near ties would route differently.
+        logits_BTE = jnp.einsum(
+            "BTD,ED->BTE",
+            x_BTD.astype(jnp.float32),
+            router_ED.astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        gates_BTE, chosen_BTE, stats = route(logits_BTE, cfg.num_experts_per_tok, cfg.norm_topk_prob, valid_BT)
+        if self.capacity_factor is None:
+            return moe_exact(x_BTD, gates_BTE, experts), stats
+        length = x_BTD.shape[1]
+        group_size = min(self.group_size, length)
+        if length % group_size:
+            raise ValueError(f"group_size: {group_size} does not divide the sequence length {length}; a divisor fits")
+        capacity = expert_capacity(group_size, e, cfg.num_experts_per_tok, self.capacity_factor)
+        out_BTD, dropped = moe_capacity(x_BTD, gates_BTE, chosen_BTE, experts, capacity=capacity, group_size=group_size)
+        return out_BTD, stats.replace(dropped=dropped)
+
+
+class Layer(nn.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; returns the router's statistics, None for a dense layer."""
+
+    config: ModelConfig
+    moe: bool
+    capacity_factor: float | None
+    group_size: int
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cached: tuple[jax.Array, jax.Array] | None = None
+    ) -> tuple[jax.Array, tuple[RouterStats | None, tuple[jax.Array, jax.Array] | None]]:
+        cfg = self.config
+        ones = nn.initializers.ones
+        scale_D = declare(self, "input_layernorm", (cfg.hidden_size,), ("norm",), ones)
+        normed_BTD = rms_norm(x_BTD, scale_D, cfg.rms_norm_eps)
+        attended_BTD, cached = Attention(cfg, name="self_attn")(normed_BTD, context, cached)
+        x_BTD = x_BTD + attended_BTD
+        scale_D = declare(self, "post_attention_layernorm", (cfg.hidden_size,), ("norm",), ones)
+        normed_BTD = rms_norm(x_BTD, scale_D, cfg.rms_norm_eps)
+        stats = None
+        if self.moe:
+            moe = MoeMlp(cfg, self.capacity_factor, self.group_size, name="mlp")
+            out_BTD, stats = moe(normed_BTD, context.valid_BT)
+        else:
+            out_BTD = Mlp(cfg, name="mlp")(normed_BTD)
+        return constrain(x_BTD + out_BTD, "batch", "length", "act_embed"), (stats, cached)

@@ -1,0 +1,171 @@
+"""The whole network: one forward function for training, rollout and serving.
+
+Shapes: B batch, T tokens, S cache slots, D hidden_size, V vocab_size, L routed layers, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from qwen3_jax.cache import EMPTY, KVCache
+from qwen3_jax.config import ModelConfig
+from qwen3_jax.model.layers import Context, Layer, declare
+from qwen3_jax.model.layout import is_stacked, layer_name, run_name
+from qwen3_jax.ops.attention import causal_mask
+from qwen3_jax.ops.moe import RouterStats
+from qwen3_jax.ops.norm import rms_norm
+from qwen3_jax.ops.rope import rope_tables
+from sharding import constrain
+
+
+@struct.dataclass
+class Output:
+    """Result of a forward pass. What is not used is not computed under jit.
+
+    logits: [B, T, V] float32.
+    hidden: [B, T, D], after the last norm; `unembed` turns any part of it into logits.
+    router: RouterStats with a leading axis of the L routed layers; None for a dense model.
+    cache: the updated cache; None if none was given.
+    """
+
+    logits: jax.Array
+    hidden: jax.Array
+    router: RouterStats | None
+    cache: KVCache | None
+
+
+class Qwen3(nn.Module):
+    """Qwen3, dense or mixture of experts (report, section 2).
+
+    config: the architecture.
+    dtype: of activations and of weights where they are used; None takes the embedding table's.
+    capacity_factor: places per expert as a multiple of the mean load, the rest is dropped; None drops nothing.
+    group_size: tokens that share an expert's places; dispatch costs grow with it, drops shrink.
+    stacked: which layout `init` makes, see `layout`; `apply` takes either, but a cache needs per-layer weights.
+    remat: recompute each layer in the backward pass instead of keeping its activations.
+    """
+
+    config: ModelConfig
+    dtype: Any = None
+    capacity_factor: float | None = None
+    group_size: int = 256
+    stacked: bool = True
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> Output:
+        """Logits of the next token at every place.
+
+        Args:
+          tokens_BT: token ids.
+          positions: [B, T] position of each token in its own sequence; None counts from 0 at each segment's start.
+          segment_ids: [B, T], tokens attend within their segment only; 0 is padding, ignored by attention, experts
+            and statistics. None is one segment per row.
+          cache: keys and values of what came before; a row is then one sequence, and its `positions` must be given.
+        """
+        cfg = self.config
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens_BT)
+        valid_BT = segment_ids > 0
+        if positions is None:
+            if cache is not None:
+                raise ValueError("positions: None; with a cache, the position of each token fits")
+            positions = segment_positions(segment_ids)
+
+        embed_VD = declare(self, "embed_tokens", (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), self._normal())
+        x_BTD = embed_VD[tokens_BT].astype(self.dtype or embed_VD.dtype)
+        x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
+        cos_BTR, sin_BTR = rope_tables(cfg, positions)
+        if cache is None:
+            mask_BTS = causal_mask(positions, positions, segment_ids, segment_ids)
+            context = Context(cos_BTR, sin_BTR, mask_BTS, valid_BT, slot=None)
+            x_BTD, router = self._layers(x_BTD, context)
+        else:
+            stored_BT = jnp.where(valid_BT, positions, EMPTY)
+            positions_BS = jax.lax.dynamic_update_slice(cache.positions_BS, stored_BT, (0, cache.next_slot))
+            mask_BTS = positions_BS[:, None, :] <= positions[:, :, None]
+            context = Context(cos_BTR, sin_BTR, mask_BTS, valid_BT, slot=cache.next_slot)
+            x_BTD, router, keys, values = self._cached_layers(x_BTD, context, cache)
+            cache = KVCache(keys, values, positions_BS, cache.next_slot + tokens_BT.shape[1])
+
+        scale_D = declare(self, "norm", (cfg.hidden_size,), ("norm",), nn.initializers.ones)
+        hidden_BTD = rms_norm(x_BTD, scale_D, cfg.rms_norm_eps)
+        head_VD = embed_VD
+        if not cfg.tie_word_embeddings:
+            head_VD = declare(self, "lm_head", (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), self._normal())
+        return Output(unembed(hidden_BTD, head_VD), hidden_BTD, router, cache)
+
+    def _normal(self) -> Any:
+        return nn.initializers.normal(self.config.initializer_range)
+
+    def _layer(self, module: Any, layer: int, name: str) -> Any:
+        moe = self.config.is_moe_layer(layer)
+        return module(self.config, moe, self.capacity_factor, self.group_size, name=name)
+
+    def _layers(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, RouterStats | None]:
+        # prevent_cse is needed outside a scan only, and costs fusions inside one.
+        params = self.variables.get("params", {})
+        stacked = self.stacked if self.is_initializing() else is_stacked(self.config, params)
+        body = nn.remat(Layer, prevent_cse=not stacked) if self.remat else Layer
+        stats: list[RouterStats] = []
+        for start, stop in self.config.layer_runs:
+            if stacked:
+                scanned = nn.scan(
+                    body,
+                    variable_axes={"params": 0},
+                    split_rngs={"params": True},
+                    in_axes=(nn.broadcast,),
+                    length=stop - start,
+                    metadata_params={nn.PARTITION_NAME: "layers"},
+                )
+                x_BTD, (run_stats, _) = self._layer(scanned, start, run_name(start, stop))(x_BTD, context)
+                stats += [run_stats] if run_stats is not None else []
+            else:
+                for i in range(start, stop):
+                    x_BTD, (layer_stats, _) = self._layer(body, i, layer_name(i))(x_BTD, context)
+                    stats += [jax.tree.map(lambda s: s[None], layer_stats)] if layer_stats is not None else []
+        return x_BTD, jax.tree.map(lambda *s: jnp.concatenate(s), *stats) if stats else None
+
+    def _cached_layers(
+        self, x_BTD: jax.Array, context: Context, cache: KVCache
+    ) -> tuple[jax.Array, RouterStats | None, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        if self.is_initializing() or is_stacked(self.config, self.variables.get("params", {})):
+            raise ValueError("params: stacked layers do not go with a cache; `unstack_layers(config, params)` fits")
+        keys, values, stats = [], [], []
+        for i in range(self.config.num_hidden_layers):
+            layer = self._layer(Layer, i, layer_name(i))
+            x_BTD, (layer_stats, (k, v)) = layer(x_BTD, context, (cache.keys[i], cache.values[i]))
+            keys.append(k)
+            values.append(v)
+            stats += [layer_stats] if layer_stats is not None else []
+        router = jax.tree.map(lambda *s: jnp.stack(s), *stats) if stats else None
+        return x_BTD, router, tuple(keys), tuple(values)
+
+
+def segment_positions(segment_ids_BT: jax.Array) -> jax.Array:
+    """[B, T] position of each token counted from the start of its segment."""
+    index_T = jnp.arange(segment_ids_BT.shape[1])
+    starts_BT = segment_ids_BT != jnp.pad(segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return index_T - jax.lax.cummax(jnp.where(starts_BT, index_T, 0), axis=1)
+
+
+def head_weight(config: ModelConfig, params: Any) -> jax.Array:
+    """The output head [V, D]: the embedding table where they are tied."""
+    return params["embed_tokens" if config.tie_word_embeddings else "lm_head"]
+
+
+def unembed(hidden_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
+    """Logits [B, T, V] in float32."""
+    logits = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
+    return constrain(logits, "batch", "length", "act_vocab")

@@ -1,0 +1,58 @@
+"""The one place where meshes are made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one axis may be -1: all devices that the others leave.
+
+    data: replicas of the weights, each with its share of the batch (for slices joined by DCN).
+    fsdp: splits the batch and, along their embedding axis, the weights (ZeRO-3).
+    expert: splits the batch and the experts; tokens travel by all-to-all.
+    tensor: splits heads, MLP columns and vocabulary (Megatron).
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    expert: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for name, size in dataclasses.asdict(self).items():
+            if size != -1 and size < 1:
+                raise ValueError(f"mesh.{name}: {size}; a number >= 1, or -1 for all remaining devices, fits")
+        if list(dataclasses.asdict(self).values()).count(-1) > 1:
+            raise ValueError(f"mesh: {self}; at most one axis may be -1")
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """Axis sizes on `num_devices` devices, -1 resolved; ValueError where they do not multiply to that number."""
+        sizes = dataclasses.asdict(self)
+        fixed = 1
+        for size in sizes.values():
+            fixed *= size if size != -1 else 1
+        for name, size in sizes.items():
+            if size == -1:
+                if num_devices % fixed:
+                    raise ValueError(
+                        f"mesh.{name}: -1, but the other axes ({fixed}) do not divide {num_devices} devices"
+                    )
+                sizes[name] = num_devices // fixed
+                return sizes
+        if fixed != num_devices:
+            raise ValueError(f"mesh: {sizes} needs {fixed} devices, there are {num_devices}")
+        return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (default: all) with axes data, fsdp, expert, tensor, ordered for the hardware's topology."""
+    devices = jax.devices() if devices is None else devices
+    sizes = config.sizes(len(devices))
+    auto = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
