@@ -51,7 +51,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all) with axes data, fsdp, expert, tensor, ordered for the hardware's topology."""
+    """A mesh over `devices` (default: all) with axes data, fsdp, expert, tensor, laid out for the hardware."""
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
     auto = (AxisType.Auto,) * len(sizes)

@@ -120,7 +120,7 @@ def moe_capacity(
 
 
 def moe_exact(x_BTD: jax.Array, gates_BTE: jax.Array, experts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-    """Every expert on every token, weighted by its gate; [B, T, D]. Nothing is dropped and no token depends on another."""
+    """Every expert on every token, weighted by its gate; [B, T, D]. Nothing is dropped."""
     gate_EFD, up_EFD, down_EDF = experts
     gate = jnp.einsum("BTD,EFD->BTEF", x_BTD, gate_EFD)
     up = jnp.einsum("BTD,EFD->BTEF", x_BTD, up_EFD)

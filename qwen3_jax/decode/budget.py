@@ -1,0 +1,192 @@
+"""The thinking budget as a state machine over a batch of rows (report, section 4.3).
+
+The rules, one row at a time. N counts the tokens sampled strictly between `<think>` and `</think>`.
+
+- START lasts for one token: `<think>` opens THINK; anything else is the first token of ANSWER, and such a row is never
+  cut.
+- THINK ends naturally with a sampled `</think>`. Once N has reached the budget, the next step is still sampled: if it
+  is `</think>` the end is natural, otherwise it is discarded and STOP begins in its place.
+- A finite budget also ends when the stop text and `answer_reserve` tokens would no longer fit into the row's length.
+- An end-of-sequence token sampled in THINK is discarded and STOP begins in its place, so that there is an answer;
+  a row with `eos_stops` ends there instead.
+- From `<tool_call>` to `</tool_call>` inside THINK the budget is suspended: nothing is counted, cut or read as a
+  marker, and an end-of-sequence token ends the row. No forced token ever lands inside a tool call.
+- STOP emits the row's forced text, token by token, then ANSWER begins.
+- In ANSWER `<think>` cannot be sampled, a stray `</think>` changes nothing, and an end-of-sequence token ends the row.
+- A row ends by length wherever it is when its last token is written.
+
+A non-thinking row (budget 0, or a mode flag) starts in STOP with the empty block as its forced text.
+
+Shapes: B rows, M longest forced text, E end-of-sequence ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+START, THINK, STOP, ANSWER, DONE = range(5)
+UNLIMITED = jnp.iinfo(jnp.int32).max
+
+# How thinking ended, in the order of their codes. "open" never leaves the loop.
+THINKING_ENDS = ("open", "natural", "budget", "off", "none", "eos", "length")
+OPEN, NATURAL, BUDGET, OFF, NONE, EOS, LENGTH = range(7)
+
+
+@dataclasses.dataclass(frozen=True)
+class ThinkingTokens:
+    """The ids that the rules speak of.
+
+    think, end_think: the two markers.
+    eos: ids that end a sequence.
+    stop_ids: the stop text, injected as ids when a budget ends; must hold `end_think`.
+    empty_block: the ids of `<think>\\n\\n</think>\\n\\n`, which come before a non-thinking answer.
+    tool_call, end_tool_call: markers of a tool call, None where the tokenizer has none.
+    num_tokens: size of the tokenizer; ids at or above it are never sampled. None: the embedding's size.
+    """
+
+    think: int
+    end_think: int
+    eos: tuple[int, ...]
+    stop_ids: tuple[int, ...]
+    empty_block: tuple[int, ...]
+    tool_call: int | None = None
+    end_tool_call: int | None = None
+    num_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("eos", "stop_ids", "empty_block"):
+            object.__setattr__(self, name, tuple(int(token) for token in getattr(self, name)))
+        if not self.eos:
+            raise ValueError("eos: (); at least one id fits")
+        if self.end_think not in self.stop_ids:
+            raise ValueError(f"stop_ids: {self.stop_ids} never closes the thought; ids that hold {self.end_think} fit")
+
+
+class Markers(NamedTuple):
+    """ThinkingTokens as arrays, so that another tokenizer or stop text never recompiles; -1 is an id that never is."""
+
+    think: jax.Array
+    end_think: jax.Array
+    eos_E: jax.Array
+    tool_call: jax.Array
+    end_tool_call: jax.Array
+    num_tokens: jax.Array
+
+
+@struct.dataclass
+class Limits:
+    """What each row was asked for; constant during decoding.
+
+    budget_B: most thinking tokens, UNLIMITED for no budget.
+    max_new_B: most tokens written, forced ones included.
+    reserve_B: tokens kept free for the answer when a finite budget is cut by length.
+    eos_stops_B: an end-of-sequence token while thinking ends the row instead of closing the thought.
+    forced_BM, forced_len_B: the text that STOP emits.
+    """
+
+    budget_B: jax.Array
+    max_new_B: jax.Array
+    reserve_B: jax.Array
+    eos_stops_B: jax.Array
+    forced_BM: jax.Array
+    forced_len_B: jax.Array
+
+
+@struct.dataclass
+class BudgetState:
+    """Where each row is.
+
+    phase_B: START, THINK, STOP, ANSWER or DONE.
+    thinking_B: N, thinking tokens so far (those already in the prompt's open thought included).
+    forced_at_B: place in the forced text of the next token STOP emits.
+    in_tool_B: between `<tool_call>` and `</tool_call>` of a thought.
+    written_B: tokens written so far.
+    injected_B: forced tokens among them. answer_B: tokens of the answer among them.
+    thinking_end_B: code into THINKING_ENDS.
+    stopped_B: ended by an end-of-sequence token rather than by length.
+    """
+
+    phase_B: jax.Array
+    thinking_B: jax.Array
+    forced_at_B: jax.Array
+    in_tool_B: jax.Array
+    written_B: jax.Array
+    injected_B: jax.Array
+    answer_B: jax.Array
+    thinking_end_B: jax.Array
+    stopped_B: jax.Array
+
+    @property
+    def active_B(self) -> jax.Array:
+        """Rows that go on."""
+        return self.phase_B != DONE
+
+
+def advance(
+    state: BudgetState, sampled_B: jax.Array, limits: Limits, markers: Markers
+) -> tuple[BudgetState, jax.Array, jax.Array]:
+    """One step of the rules at the top of this file.
+
+    Args:
+      sampled_B: the token that each row would write if nothing were forced.
+
+    Returns:
+      (state, tokens_B, forced_B): the tokens to write, and which of them were forced. Those of DONE rows mean nothing.
+    """
+    active = state.active_B
+    is_eos = (sampled_B[:, None] == markers.eos_E).any(axis=1)
+    starting, answering = state.phase_B == START, state.phase_B == ANSWER
+    thinking = state.phase_B == THINK
+    free = thinking & ~state.in_tool_B  # thinking, and not inside a tool call
+
+    opens = starting & (sampled_B == markers.think)
+    closes = free & (sampled_B == markers.end_think)
+    no_room = state.written_B + limits.forced_len_B + limits.reserve_B >= limits.max_new_B
+    spent = (state.thinking_B >= limits.budget_B) | (no_room & (limits.budget_B < UNLIMITED))
+    cut = free & ~closes & spent
+    eos_in_thought = thinking & is_eos & ~cut
+    eos_closes = eos_in_thought & free & ~limits.eos_stops_B
+
+    begins = cut | eos_closes
+    forced = begins | (state.phase_B == STOP)
+    forced_at = jnp.where(begins, 0, state.forced_at_B)
+    text = jnp.take_along_axis(limits.forced_BM, forced_at[:, None], axis=1, mode="clip")[:, 0]
+    token_B = jnp.where(forced, text, sampled_B)
+    forced_at = forced_at + forced
+    text_over = forced & (forced_at >= limits.forced_len_B)
+
+    enters_tool = free & ~begins & (sampled_B == markers.tool_call)
+    leaves_tool = thinking & state.in_tool_B & (sampled_B == markers.end_tool_call)
+    counted = free & ~closes & ~begins & ~enters_tool & ~is_eos
+
+    thinking_end = jnp.select(
+        [closes, cut, eos_in_thought, starting & ~opens],
+        [jnp.full_like(state.phase_B, code) for code in (NATURAL, BUDGET, EOS, NONE)],
+        state.thinking_end_B,
+    )
+    stopped = (eos_in_thought & ~eos_closes) | ((starting | answering) & is_eos)
+    phase = jnp.select(
+        [stopped, opens, forced & ~text_over, closes | text_over | starting],
+        [jnp.full_like(state.phase_B, code) for code in (DONE, THINK, STOP, ANSWER)],
+        state.phase_B,
+    )
+    written = state.written_B + active
+    full = active & (written >= limits.max_new_B)
+    thinking_end = jnp.where(full & (phase == THINK), LENGTH, thinking_end)
+    new = BudgetState(
+        phase_B=jnp.where(full, DONE, phase),
+        thinking_B=state.thinking_B + counted,
+        forced_at_B=forced_at,
+        in_tool_B=(state.in_tool_B | enters_tool) & ~leaves_tool,
+        written_B=written,
+        injected_B=state.injected_B + forced,
+        answer_B=state.answer_B + ((starting & ~opens) | answering),
+        thinking_end_B=thinking_end,
+        stopped_B=state.stopped_B | stopped,
+    )
+    return new, token_B, forced

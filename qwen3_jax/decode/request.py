@@ -1,0 +1,103 @@
+"""What is asked of the decoder and what it answers; on the host, one row each."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Sequence
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt and how to continue it.
+
+    Raises:
+      ValueError: naming the field, its value and what would fit.
+
+    prompt_ids: the prompt's token ids, up to and including the generation prompt.
+    thinking_budget: most thinking tokens; None or -1 is unlimited, 0 is non-thinking mode.
+    thinking: False is non-thinking mode: the empty block comes first, the budget is ignored.
+    start_in_think: whether the prompt ends inside an open `<think>`; the tokens after that marker count as thinking
+      tokens already. None reads it off what follows the prompt's last end-of-sequence id.
+    max_new_tokens: most tokens written, forced ones included.
+    answer_reserve: tokens kept for the answer when a finite budget is cut for want of room.
+    eos_while_thinking: "close" replaces an end-of-sequence token inside a thought by the stop text, "stop" obeys it.
+    temperature, top_p, top_k, min_p: sampling; temperature 0 is greedy, 1.0, 0 and 0.0 switch the filters off.
+    seed, sample: of the row's random draws; the same two give the same tokens in every batch.
+    """
+
+    prompt_ids: Sequence[int]
+    thinking_budget: int | None = None
+    thinking: bool = True
+    start_in_think: bool | None = None
+    max_new_tokens: int = 256
+    answer_reserve: int = 1
+    eos_while_thinking: Literal["close", "stop"] = "close"
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    sample: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_ids", tuple(int(token) for token in self.prompt_ids))
+        if not self.prompt_ids:
+            raise ValueError("prompt_ids: empty; at least one id fits")
+        if self.thinking_budget is not None:
+            _check_int("thinking_budget", self.thinking_budget, -1)
+        _check_int("max_new_tokens", self.max_new_tokens, 1)
+        _check_int("answer_reserve", self.answer_reserve, 0)
+        _check_int("top_k", self.top_k, 0)
+        _check_int("sample", self.sample, 0)
+        _check_int("seed", self.seed, 0, 2**32 - 1)
+        _check_float("temperature", self.temperature, 0, float("inf"))
+        _check_float("top_p", self.top_p, 0, 1)
+        _check_float("min_p", self.min_p, 0, 1)
+        if self.top_p == 0:
+            raise ValueError("top_p: 0 keeps no token; a number in (0, 1] fits")
+        for name, allowed in (("thinking", (True, False)), ("start_in_think", (None, True, False))):
+            if not any(getattr(self, name) is value for value in allowed):
+                raise ValueError(f"{name}: {getattr(self, name)!r}; one of {', '.join(map(str, allowed))} fits")
+        if self.eos_while_thinking not in ("close", "stop"):
+            raise ValueError(f"eos_while_thinking: {self.eos_while_thinking!r}; 'close' or 'stop' fits")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One continuation.
+
+    token_ids: the tokens written, the end-of-sequence token and a forced empty block included.
+    thinking_tokens: N, tokens sampled inside the thought (with those already in the prompt's open thought).
+    injected_tokens: forced tokens, of the stop text or of the empty block.
+    answer_tokens: tokens after the thought, the end-of-sequence token included.
+    thinking_end: natural, budget, off (non-thinking mode), none (never opened), eos, or length.
+    finish_reason: stop or length.
+    logprobs: log-probability of each token under the unmodified logits, in nats.
+    forced: which tokens were forced.
+
+    `len(token_ids)` is the sum of the three counts and of the sampled markers `<think>` and `</think>` (less the
+    thinking tokens of the prompt).
+    """
+
+    token_ids: list[int]
+    thinking_tokens: int
+    injected_tokens: int
+    answer_tokens: int
+    thinking_end: str
+    finish_reason: str
+    logprobs: list[float]
+    forced: list[bool]
+
+
+def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
+        fits = f"a whole number >= {low}" if high is None else f"a whole number in {low}..{high}"
+        raise ValueError(f"{name}: {value!r}; {fits} fits")
+
+
+def _check_float(name: str, value: Any, low: float, high: float) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name}: {value!r}; a number in [{low}, {high}] fits")
