@@ -10,17 +10,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-STOP_SENTENCE = (
-    "Considering the limited time by the user, I have to give the solution based on the thinking directly now."
-)
+from qwen3_jax.chat import STOP_TEXT
+from qwen3_jax.tokenizer import train_sentencepiece
+
 MAX_OPERATIONS = 10
 _CUPS = 5
+_STOP_SENTENCE = STOP_TEXT.removesuffix("\n</think>\n\n")  # what of it the template takes for a thought
 # Pieces that the tokenizer keeps whole: one token per operation and per value.
 PIECES = (
+    *("user", "assistant", " /think", " /no_think"),
     *(f" {value}" for value in range(10)),
     *(f" +{value}" for value in range(1, 10)),
     *(f" *{factor}" for factor in (3, 7, 9)),
@@ -74,9 +77,12 @@ def cup_chain(rng: random.Random, length: int) -> Problem:
     return Problem(f"The ball is under cup {start} and we swap:{''.join(operations)}", tuple(steps), f"{value}")
 
 
-def chain(rng: random.Random, length: int) -> Problem:
-    """A chain of either kind."""
-    return rng.choice([digit_chain, cup_chain])(rng, length)
+def chain(rng: random.Random, length: int, *, held_out: bool) -> Problem:
+    """A chain of either kind; one in 16 of all chains is held out, by its text, and never trained on."""
+    while True:
+        problem = rng.choice([digit_chain, cup_chain])(rng, length)
+        if (zlib.crc32(problem.question.encode()) % 16 == 0) == held_out:
+            return problem
 
 
 def conversation(problem: Problem, rng: random.Random) -> dict[str, Any]:
@@ -89,8 +95,8 @@ def conversation(problem: Problem, rng: random.Random) -> dict[str, Any]:
         flag = rng.choice(["", " /think"])
         thought = "".join(problem.steps)
         if rng.random() < 0.25:
-            thought = "".join(problem.steps[: rng.randint(1, len(problem.steps))]) + f"\n\n{STOP_SENTENCE}"
-            record["no_loss"] = [f"\n\n{STOP_SENTENCE}\n</think>\n\n"]
+            thought = "".join(problem.steps[: rng.randint(1, len(problem.steps))]) + _STOP_SENTENCE
+            record["no_loss"] = [STOP_TEXT]
     else:
         flag, thought = " /no_think", ""
     record["messages"] = [
@@ -104,19 +110,27 @@ def training_records(count: int, seed: int) -> Iterator[dict[str, Any]]:
     """`count` records: one in ten a sum, the others chains of 1 to MAX_OPERATIONS operations."""
     rng = random.Random(seed)
     for _ in range(count):
-        problem = sum_problem(rng) if rng.random() < 0.1 else chain(rng, rng.randint(1, MAX_OPERATIONS))
-        yield conversation(problem, rng)
+        length = rng.randint(1, MAX_OPERATIONS)
+        yield conversation(sum_problem(rng) if rng.random() < 0.1 else chain(rng, length, held_out=False), rng)
 
 
 def held_out_chains(count: int, seed: int) -> list[Problem]:
-    """`count` chains with lengths spread evenly over 1 .. MAX_OPERATIONS, from a seed that training does not use."""
-    rng = random.Random(f"held-out {seed}")
-    return [chain(rng, 1 + i * MAX_OPERATIONS // count) for i in range(count)]
+    """`count` chains that training never saw, with lengths spread evenly over 1 .. MAX_OPERATIONS."""
+    rng = random.Random(seed)
+    return [chain(rng, 1 + i * MAX_OPERATIONS // count, held_out=True) for i in range(count)]
 
 
-def write_jsonl(path: Path, count: int, seed: int) -> None:
-    """Writes `count` training records to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for record in training_records(count, seed):
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+def write_dataset(directory: Path, count: int, seed: int, vocab_size: int) -> None:
+    """Writes `count` training records as `train.jsonl`, and `tokenizer.model` made for them, to `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    records = list(training_records(count, seed))
+    with (directory / "train.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    texts = [
+        message[key]
+        for record in records[:5000]
+        for message in record["messages"]
+        for key in ("content", "reasoning_content")
+        if message.get(key)
+    ]
+    train_sentencepiece([*texts, STOP_TEXT], directory / "tokenizer.model", vocab_size, PIECES)

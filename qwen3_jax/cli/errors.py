@@ -1,0 +1,27 @@
+"""Bad input ends a command with one line and exit code 2."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def exits_cleanly(main: Callable[P, T]) -> Callable[P, T]:
+    """Wraps a command's main: a ValueError or FloatingPointError is printed, not traced; Ctrl-C is quiet."""
+
+    @functools.wraps(main)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return main(*args, **kwargs)
+        except (ValueError, FloatingPointError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    return wrapped

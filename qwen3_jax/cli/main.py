@@ -1,0 +1,25 @@
+"""`qwen3-jax COMMAND`: the commands that are neither train.py nor infer.py."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from qwen3_jax.cli import convert, tiny
+from qwen3_jax.cli.errors import exits_cleanly
+
+_COMMANDS = {
+    "convert": (convert, "Hugging Face checkpoint to Orbax, or back"),
+    "tiny-data": (tiny, "write the data that the model that ships is trained on"),
+}
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the command line and runs the command."""
+    parser = argparse.ArgumentParser(prog="qwen3-jax")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (module, help_text) in _COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, help=help_text, description=help_text))
+    args = parser.parse_args(argv)
+    _COMMANDS[args.command][0].run(args)

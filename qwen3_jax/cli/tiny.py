@@ -1,0 +1,22 @@
+"""`qwen3-jax tiny-data DIR`: what the model that ships is trained on."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qwen3_jax.config import ModelConfig
+from qwen3_jax.data.arithmetic import write_dataset
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `tiny-data`."""
+    parser.add_argument("directory", type=Path, help="where train.jsonl and tokenizer.model are written")
+    parser.add_argument("--records", type=int, default=150_000, help="training records (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the records (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the data set."""
+    write_dataset(args.directory, args.records, args.seed, ModelConfig.preset("qwen3-tiny").vocab_size)
+    print(f"wrote {args.records:,} records and a tokenizer to {args.directory}")

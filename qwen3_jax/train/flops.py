@@ -1,0 +1,54 @@
+"""Arithmetic of a training step and what the hardware could do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from qwen3_jax.config import ModelConfig
+
+# Dense bfloat16 FLOP/s of one JAX device, from the vendor's data sheets, by a part of `device_kind`.
+_PEAK_FLOPS = {
+    "v4": 275e12,
+    "v5 lite": 197e12,
+    "v5e": 197e12,
+    "v5p": 459e12,
+    "v6 lite": 918e12,
+    "v6e": 918e12,
+    "7x": 1153.5e12,
+}
+
+
+def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """FLOPs that one token's forward and backward pass needs: 6 per active matmul weight, and causal attention.
+
+    What is recomputed (remat) or padded (expert capacity) does not count: it is overhead, not use.
+    """
+    matmul = config.num_active_params
+    if not config.tie_word_embeddings:
+        matmul -= config.vocab_size * config.hidden_size  # looked up, not multiplied
+    heads = config.num_attention_heads * config.head_dim
+    # Scores and values, forward and backward: 12 * T * heads, halved by the causal mask.
+    return 6.0 * matmul + 6.0 * config.num_hidden_layers * heads * sequence_length
+
+
+def peak_flops(devices: Sequence[jax.Device]) -> tuple[float, str]:
+    """`(FLOP/s of all devices together, where the figure is from)`."""
+    kind = devices[0].device_kind
+    for name, peak in _PEAK_FLOPS.items():
+        if devices[0].platform == "tpu" and name in kind.lower():
+            return peak * len(devices), f"data sheet of {kind}"
+    # Elsewhere (the CPU above all, whose fake devices share one set of cores): one large matmul, best of three.
+    n = 2048
+    x = jnp.ones((n, n), jnp.float32)
+    multiply = jax.jit(jnp.matmul)
+    multiply(x, x).block_until_ready()
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        multiply(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best, f"a float32 matmul of {n} on {kind}, measured"

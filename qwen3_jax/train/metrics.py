@@ -1,0 +1,47 @@
+"""Where the numbers of a run go: a JSONL file and TensorBoard event files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+
+class MetricsLog:
+    """Writes one line a step to `metrics.jsonl` and the same to TensorBoard.
+
+    A run that goes on from step `start` forgets what a previous one logged beyond it, so that the series is that of
+    a run that was never cut.
+    """
+
+    def __init__(self, directory: Path, start: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "metrics.jsonl"
+        kept = []
+        if path.exists():
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= start]
+        # Replaced, not rewritten: a crash right here must not lose the series.
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text("".join(kept), encoding="utf-8")
+        fresh.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Logs floats, and lists of floats (one value a layer)."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            if isinstance(value, list):
+                for layer, part in enumerate(value):
+                    self._writer.add_scalar(f"{name}/{layer}", part, step)
+            else:
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes both."""
+        self._file.close()
+        self._writer.close()
