@@ -5,6 +5,8 @@ Shapes: B batch, S slots, K key-value heads, H head_dim.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -50,7 +52,8 @@ class KVCache:
         def pad(x: jax.Array, value: int = 0) -> jax.Array:
             return jnp.pad(x, [(0, 0), (0, slots)] + [(0, 0)] * (x.ndim - 2), constant_values=value)
 
-        return self.replace(
+        return dataclasses.replace(
+            self,
             keys=tuple(map(pad, self.keys)),
             values=tuple(map(pad, self.values)),
             positions_BS=pad(self.positions_BS, EMPTY),

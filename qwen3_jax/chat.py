@@ -200,22 +200,6 @@ def split_ids(ids: Sequence[int], *, think: int, end_think: int, in_think: bool 
     return ids[:end], ids[end + 1 :]
 
 
-def open_thought_length(prompt_ids: Sequence[int], tokenizer: Tokenizer) -> int | None:
-    r"""Number of thinking tokens in the thought in which a prompt ends, or None if it ends in no open thought.
-
-    0 for a prompt ending in `<think>`, 1 with the newline after it (Thinking-2507). Only the last turn is read, which
-    the generation prompt began: markers that somebody typed in an earlier turn mean nothing.
-    """
-    ids = list(prompt_ids)
-    header = tokenizer.encode(ASSISTANT_HEADER)
-    starts = [i for i, token in enumerate(ids) if token == tokenizer.im_start]
-    turn = ids[starts[-1] :] if starts else []
-    opened = [*header, tokenizer.think]
-    if turn[: len(opened)] != opened or tokenizer.end_think in turn:
-        return None
-    return len(turn) - len(opened)
-
-
 def _turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     """Role and text of each turn, from `<|im_start|>` to `<|im_end|>`."""
     if tools:

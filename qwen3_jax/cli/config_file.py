@@ -33,7 +33,7 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
         raise ValueError(f"{path}: {_first_lines(error)}") from None
 
 
-def _keys(cls: type, prefix: str = "") -> list[str]:
+def _keys(cls: typing.Any, prefix: str = "") -> list[str]:
     """Every dotted key of a nested dataclass."""
     keys = []
     hints = typing.get_type_hints(cls)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from qwen3_jax.cli import convert, tiny
+from qwen3_jax.cli import convert, demo, tiny
 from qwen3_jax.cli.errors import exits_cleanly
 
 _COMMANDS = {
+    "demo": (demo, "the review's example and accuracy against the thinking budget"),
     "convert": (convert, "Hugging Face checkpoint to Orbax, or back"),
     "tiny-data": (tiny, "write the data that the model that ships is trained on"),
 }

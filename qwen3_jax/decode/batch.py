@@ -5,8 +5,9 @@ Shapes: B rows, P prompt slots, M most tokens written.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,12 +29,13 @@ _STEPS_PER_REPORT = 16
 
 
 class _Opening(NamedTuple):
-    """How a row starts: its phase, the thinking tokens already there, and the text STOP will emit."""
+    """How a row starts: its phase, the thinking tokens already there, the text STOP will emit, inside a tool call?"""
 
     phase: int
     thinking: int
     end: int
     forced: tuple[int, ...]
+    in_tool: bool = False
 
 
 def generate(
@@ -95,7 +97,7 @@ def check_request(request: Request, config: ModelConfig, tokens: ThinkingTokens)
         raise ValueError(f"prompt_ids: {outside}; ids in 0..{config.vocab_size - 1} fit")
     opening = _opening(request, tokens)
     max_new = min(request.max_new_tokens, context - length)
-    if opening.phase in (bud.START, bud.THINK) and _budget(request) < bud.UNLIMITED:
+    if opening.end in (bud.OPEN, bud.BUDGET) and _budget(request) < bud.UNLIMITED:
         marker = opening.phase == bud.START
         needed = marker + len(tokens.stop_ids) + request.answer_reserve
         if needed > max_new:
@@ -120,21 +122,30 @@ def _opening(request: Request, tokens: ThinkingTokens) -> _Opening:
     """
     prompt = request.prompt_ids
     turn = max((i + 1 for i, token in enumerate(prompt) if token in tokens.eos), default=0)
-    opened = max((i for i in range(turn, len(prompt)) if prompt[i] == tokens.think), default=-1)
-    closed = max((i for i in range(turn, len(prompt)) if prompt[i] == tokens.end_think), default=-1)
-    if opened > closed if request.start_in_think is None else request.start_in_think:
+    is_open, closed, in_tool, thinking = False, False, False, 0
+    for token in prompt[turn:]:  # given tokens are read by the rules of sampled ones
+        if is_open and in_tool:
+            in_tool = token != tokens.end_tool_call
+        elif is_open and token == tokens.tool_call:
+            in_tool = True
+        elif is_open and token == tokens.end_think:
+            is_open, closed, thinking = False, True, 0
+        elif is_open:
+            thinking += 1
+        elif token == tokens.think:
+            is_open, closed = True, False
+    if is_open if request.start_in_think is None else request.start_in_think:
         if not request.thinking:
             raise ValueError("thinking: False, but the prompt ends inside an open <think>; True fits")
-        thinking = len(prompt) - opened - 1 if opened >= 0 else 0
-        if thinking >= _budget(request):
+        if thinking >= _budget(request) and not in_tool:
             return _Opening(bud.STOP, thinking, bud.BUDGET, tokens.stop_ids)
-        return _Opening(bud.THINK, thinking, bud.OPEN, tokens.stop_ids)
+        return _Opening(bud.THINK, thinking, bud.OPEN, tokens.stop_ids, in_tool)
     if prompt[-len(tokens.empty_block) :] == tokens.empty_block:
         return _Opening(bud.ANSWER, 0, bud.OFF, tokens.stop_ids)
+    if turn > 0 and closed:
+        return _Opening(bud.ANSWER, 0, bud.NATURAL, tokens.stop_ids)
     if not request.thinking or _budget(request) == 0:
         return _Opening(bud.STOP, 0, bud.OFF, tokens.empty_block)
-    if turn > 0 and closed > opened >= 0:
-        return _Opening(bud.ANSWER, 0, bud.NATURAL, tokens.stop_ids)
     return _Opening(bud.START, 0, bud.OPEN, tokens.stop_ids)
 
 
@@ -146,18 +157,22 @@ def _pack(
     openings = [_opening(request, tokens) for request in requests]
     length = _round_up(max(len(request.prompt_ids) for request in requests))
     prompts = np.zeros((batch, length), np.int32)
-    forced = np.zeros((batch, _round_up(max(len(opening.forced) for opening in openings))), np.int32)
+    forced: Any = np.zeros((batch, _round_up(max(len(opening.forced) for opening in openings))), np.int32)
     for i, (request, opening) in enumerate(zip(requests, openings, strict=True)):
         prompts[i, length - len(request.prompt_ids) :] = request.prompt_ids
         forced[i, : len(opening.forced)] = opening.forced
 
-    def ints(values: Any) -> np.ndarray:
-        return np.fromiter(values, np.int32, batch)
+    # Host arrays: jit moves them all at once.
+    def ints(values: Iterable[int], dtype: Any = np.int32) -> Any:
+        return np.fromiter(values, dtype, batch)
 
-    def floats(name: str) -> np.ndarray:
+    def floats(name: str) -> Any:
         return np.fromiter((getattr(request, name) for request in requests), np.float32, batch)
 
-    eos = np.full(_round_up(len(tokens.eos)), -1, np.int32)
+    def scalar(value: int | None) -> Any:
+        return np.int32(-1 if value is None else value)
+
+    eos: Any = np.full(_round_up(len(tokens.eos)), -1, np.int32)
     eos[: len(tokens.eos)] = tokens.eos
     rows = Rows(
         limits=Limits(
@@ -173,25 +188,25 @@ def _pack(
             top_p_B=floats("top_p"),
             top_k_B=ints(min(request.top_k, config.vocab_size) for request in requests),
             min_p_B=floats("min_p"),
-            seed_B=np.fromiter((request.seed for request in requests), np.uint32, batch),
+            seed_B=ints((request.seed for request in requests), np.uint32),
             sample_B=ints(request.sample for request in requests),
         ),
         prompt_len_B=ints(len(request.prompt_ids) for request in requests),
         markers=Markers(
-            think=np.int32(tokens.think),
-            end_think=np.int32(tokens.end_think),
+            think=scalar(tokens.think),
+            end_think=scalar(tokens.end_think),
             eos_E=eos,
-            tool_call=np.int32(-1 if tokens.tool_call is None else tokens.tool_call),
-            end_tool_call=np.int32(-1 if tokens.end_tool_call is None else tokens.end_tool_call),
-            num_tokens=np.int32(config.vocab_size if tokens.num_tokens is None else tokens.num_tokens),
+            tool_call=scalar(tokens.tool_call),
+            end_tool_call=scalar(tokens.end_tool_call),
+            num_tokens=scalar(config.vocab_size if tokens.num_tokens is None else tokens.num_tokens),
         ),
     )
-    zeros = np.zeros(batch, np.int32)
+    zeros: Any = np.zeros(batch, np.int32)
     state = BudgetState(
         phase_B=ints(opening.phase for opening in openings),
         thinking_B=ints(opening.thinking for opening in openings),
         forced_at_B=zeros,
-        in_tool_B=zeros > 0,
+        in_tool_B=ints(opening.in_tool for opening in openings) > 0,
         written_B=zeros,
         injected_B=zeros,
         answer_B=zeros,
@@ -205,7 +220,7 @@ def _forward(model: Qwen3, params: Any) -> Forward:
     def forward(
         tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
-        out = model.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT, cache)
+        out: Any = model.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT, cache)
         return unembed(out.hidden[:, -1:], head_weight(model.config, params))[:, 0], out.cache
 
     return forward
@@ -225,10 +240,12 @@ def _start(
     """Prefill and the loop, one program."""
     forward = _forward(model, params)
     dtype = model.dtype or params["embed_tokens"].dtype
-    cache = KVCache.create(model.config, *prompt_BP.shape, dtype)
+    batch, length = prompt_BP.shape
+    cache = KVCache.create(model.config, batch, length, dtype)
     state = prefill(forward, prompt_BP, rows, budget, cache, max_new)
     # The prompt attends over its own slots only; the room for new tokens is added after it.
-    return decode(forward, state.replace(cache=state.cache.extend(max_new)), rows, max_steps)
+    state = dataclasses.replace(state, cache=state.cache.extend(max_new))
+    return decode(forward, state, rows, max_steps)
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))

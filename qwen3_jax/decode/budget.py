@@ -29,6 +29,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from qwen3_jax import chat
+from qwen3_jax.tokenizer import Tokenizer
+
 START, THINK, STOP, ANSWER, DONE = range(5)
 UNLIMITED = jnp.iinfo(jnp.int32).max
 
@@ -65,6 +68,20 @@ class ThinkingTokens:
             raise ValueError("eos: (); at least one id fits")
         if self.end_think not in self.stop_ids:
             raise ValueError(f"stop_ids: {self.stop_ids} never closes the thought; ids that hold {self.end_think} fit")
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Tokenizer, stop_text: str = chat.STOP_TEXT) -> ThinkingTokens:
+        """The ids in `tokenizer`, with `stop_text` encoded once."""
+        return cls(
+            think=tokenizer.think,
+            end_think=tokenizer.end_think,
+            eos=tokenizer.eos_ids,
+            stop_ids=tuple(tokenizer.encode(stop_text)),
+            empty_block=tuple(tokenizer.encode(chat.EMPTY_THOUGHT)),
+            tool_call=tokenizer.tool_call,
+            end_tool_call=tokenizer.end_tool_call,
+            num_tokens=tokenizer.num_tokens,
+        )
 
 
 class Markers(NamedTuple):

@@ -5,6 +5,7 @@ Shapes: B rows, P prompt slots, M most tokens written, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -88,7 +89,8 @@ def write_token(state: DecodeState, logits_BV: jax.Array, rows: Rows) -> DecodeS
     def write(buffer_BM: jax.Array, value_B: jax.Array) -> jax.Array:
         return buffer_BM.at[jnp.arange(at_B.shape[0]), at_B].set(value_B, mode="drop")
 
-    return state.replace(
+    return dataclasses.replace(
+        state,
         budget=new_budget,
         last_B=jnp.where(budget.active_B, token_B, state.last_B),
         tokens_BM=write(state.tokens_BM, token_B),
@@ -109,6 +111,6 @@ def decode(forward: Forward, state: DecodeState, rows: Rows, max_steps: jax.Arra
         position_B = rows.prompt_len_B + state.budget.written_B - 1
         there_B = state.budget.active_B.astype(jnp.int32)
         logits_BV, cache = forward(state.last_B[:, None], position_B[:, None], there_B[:, None], state.cache)
-        return step + 1, write_token(state.replace(cache=cache), logits_BV, rows)
+        return step + 1, write_token(dataclasses.replace(state, cache=cache), logits_BV, rows)
 
     return jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), state))[1]

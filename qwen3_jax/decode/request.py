@@ -99,5 +99,5 @@ def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None
 
 
 def _check_float(name: str, value: Any, low: float, high: float) -> None:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not low <= value <= high:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not low <= float(value) <= high:
         raise ValueError(f"{name}: {value!r}; a number in [{low}, {high}] fits")

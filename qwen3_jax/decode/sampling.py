@@ -1,8 +1,8 @@
 """Choosing the next token, each row by its own settings and its own random key.
 
-Filters come in the order temperature, top-k, top-p, min-p, as in transformers. No sort: the smallest logit that stays
-is found by bisection over the bits of a float32, 32 passes over the vocabulary whatever k and p are. Equal logits stay or
-go together.
+Filters come in the order temperature, top-k, top-p, min-p, as in transformers. There is no sort: the smallest logit
+that stays is found by bisection over the bits of a float32, in 32 passes over the vocabulary whatever k and p are.
+Equal logits stay or go together.
 
 Shapes: B rows, V vocabulary.
 """
@@ -48,7 +48,7 @@ def row_keys(settings: Sampling, position_B: jax.Array) -> jax.Array:
 def _largest_threshold(keys_BV: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """[B] largest uint32 t for which `enough(keys >= t)` holds, given that it holds for 0 and is monotone in t."""
 
-    def bit(i: int, threshold_B: jax.Array) -> jax.Array:
+    def bit(i: jax.Array, threshold_B: jax.Array) -> jax.Array:
         candidate_B = threshold_B | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
         return jnp.where(enough(keys_BV >= candidate_B[:, None]), candidate_B, threshold_B)
 

@@ -9,6 +9,7 @@ E experts, S cache slots.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -41,7 +42,8 @@ class Context:
 
 def declare(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Any) -> jax.Array:
     """Declares one float32 weight with its logical axes."""
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    weight: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    return weight
 
 
 class Attention(nn.Module):
@@ -71,7 +73,7 @@ class Attention(nn.Module):
         q_BTNH = constrain(q_BTNH, "batch", "length", "act_heads", "head_dim")
         k_BSKH = constrain(k_BTKH, "batch", "length", "act_kv_heads", "head_dim")
         v_BSKH = constrain(v_BTKH, "batch", "length", "act_kv_heads", "head_dim")
-        if cached is not None:
+        if cached is not None and context.slot is not None:
             start = (0, context.slot, 0, 0)
             k_BSKH = jax.lax.dynamic_update_slice(cached[0], k_BSKH.astype(cached[0].dtype), start)
             v_BSKH = jax.lax.dynamic_update_slice(cached[1], v_BSKH.astype(cached[1].dtype), start)
@@ -134,7 +136,7 @@ class MoeMlp(nn.Module):
             raise ValueError(f"group_size: {group_size} does not divide the sequence length {length}; a divisor fits")
         capacity = expert_capacity(group_size, e, cfg.num_experts_per_tok, self.capacity_factor)
         out_BTD, dropped = moe_capacity(x_BTD, gates_BTE, chosen_BTE, experts, capacity=capacity, group_size=group_size)
-        return out_BTD, stats.replace(dropped=dropped)
+        return out_BTD, dataclasses.replace(stats, dropped=dropped)
 
 
 class Layer(nn.Module):

@@ -1,0 +1,44 @@
+# `make demo` and `make test` need Python >= 3.11, git and make; both build their own virtual environment.
+PYTHON ?= python3
+VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+TINY := runs/tiny
+
+.PHONY: demo test lint tiny clean
+
+demo: $(VENV)/.run
+	JAX_PLATFORMS=cpu $(BIN)/qwen3-jax demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Trains the model that ships, from nothing, and exports it into the package.
+tiny: $(VENV)/.run
+	$(BIN)/qwen3-jax tiny-data $(TINY)/data
+	JAX_PLATFORMS=cpu $(BIN)/python train.py configs/tiny/pretrain.yaml
+	$(BIN)/qwen3-jax convert $(TINY)/pretrain $(TINY)/model
+
+clean:
+	rm -rf $(VENV) runs
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: PYTHON: $(PYTHON) is too old; 3.11 or newer fits"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) cannot make virtual environments; install its venv package (Debian: python3-venv)"; exit 2; }
+
+$(VENV)/.run: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+$(VENV)/.lint: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[lint]'
+	@touch $@

@@ -1,0 +1,60 @@
+"""`qwen3-jax demo`: the review's example, the modes, and accuracy against the budget, on the model that ships."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from qwen3_jax.cli.progress import decoding_progress
+from qwen3_jax.data.arithmetic import held_out_chains
+from qwen3_jax.evaluate.budget_curve import budget_curve, plot_budget_curve
+from qwen3_jax.serve import Engine, shipped_model
+
+# B = 1 buys the newline after <think> and no thought yet.
+BUDGETS = (0, 2, 3, 4, 5, 6, 7, 8, 9, 11)
+NUM_PROBLEMS = 200
+PROBLEM_SEED = 2025
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `demo`."""
+    parser.add_argument("--model", type=Path, default=shipped_model(), help="directory; default: the model that ships")
+    parser.add_argument("--plot", type=Path, default=Path("runs/demo/budget.png"), help="default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Shows all three."""
+    console = Console(highlight=False)
+    engine = Engine.load(args.model)
+    examples = (
+        ("What is 2 + 3? /think", {"thinking_budget": 4}, "(a) the thought is cut after B = 4 tokens"),
+        ("What is 2 + 3? /no_think", {"thinking_budget": 4}, "(b) /no_think: an empty thought, B is ignored"),
+        ("What is 2 + 3?", {"thinking_budget": 0}, "(b) B = 0: the same"),
+    )
+    requests = [engine.request({"prompt": prompt, **fields}) for prompt, fields, _ in examples]
+    results = engine.generate(requests)
+    for (prompt, fields, title), result in zip(examples, results, strict=True):
+        console.rule(title, align="left")
+        console.print(f"User: {prompt}   (B = {fields['thinking_budget']})", style="bold", markup=False)
+        console.print(engine.text(result), markup=False)
+        console.print(
+            f"[{result.thinking_tokens} thinking tokens, {result.injected_tokens} injected, thinking ended: "
+            f"{result.thinking_end}]",
+            style="dim",
+            markup=False,
+        )
+    console.rule(
+        f"(c) {NUM_PROBLEMS} held-out problems of 1 to 10 steps, {len(BUDGETS)} budgets, one batch", align="left"
+    )
+    problems = held_out_chains(NUM_PROBLEMS, PROBLEM_SEED)
+    with decoding_progress(console) as report:
+        points = budget_curve(engine, problems, BUDGETS, progress=report)
+    table = Table("budget B", "accuracy", "mean thinking tokens", "thoughts cut", box=None)
+    for point in points:
+        table.add_row(f"{point.budget}", f"{point.accuracy:.3f}", f"{point.thinking_tokens:.2f}", f"{point.cut:.0%}")
+    console.print(table)
+    plot_budget_curve(points, args.plot, f"qwen3-tiny, {NUM_PROBLEMS} held-out problems")
+    console.print(f"plot: {args.plot}")
