@@ -31,6 +31,10 @@ _FIXED_VALUES: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False, None),
     "pruned_heads": ({}, None),
 }
+_MOE_KEYS = frozenset(
+    """num_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step mlp_only_layers
+    router_aux_loss_coef""".split()
+)
 _YARN_KEYS = frozenset("rope_type type factor original_max_position_embeddings rope_theta".split())
 
 
@@ -60,7 +64,7 @@ class RopeScaling:
         optional = {"attention_factor", "beta_fast", "beta_slow"}
         _refuse_unknown(raw, _YARN_KEYS | optional, where)
         # transformers would derive a missing factor or length from others, differently by version: never guess.
-        missing = {"factor", "original_max_position_embeddings"} - raw.keys()
+        missing = {key for key in ("factor", "original_max_position_embeddings") if raw.get(key) is None}
         if missing:
             raise ValueError(f"{where}: YaRN needs {', '.join(sorted(missing))} to be written out")
         given = {key: raw[key] for key in optional if raw.get(key) is not None}
@@ -189,8 +193,9 @@ class ModelConfig:
             fields["rope_scaling"] = RopeScaling.from_hf(rope, "rope_parameters")
         elif raw.get("rope_scaling"):
             fields["rope_scaling"] = RopeScaling.from_hf(raw["rope_scaling"], "rope_scaling")
-        names = {field.name for field in dataclasses.fields(cls)} - {"rope_theta", "rope_scaling"}
         moe = model_type == "qwen3_moe"
+        names = {field.name for field in dataclasses.fields(cls)} - {"rope_theta", "rope_scaling"}
+        names -= frozenset() if moe else _MOE_KEYS
         aliases = {"num_local_experts": "num_experts"} if moe else {}
         for key, value in raw.items():
             name = aliases.get(key, key)
@@ -225,8 +230,7 @@ class ModelConfig:
         if scaling is not None:
             scaling = {"rope_type": "yarn", **{key: value for key, value in scaling.items() if value is not None}}
         if not moe:
-            for key in """num_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step
-                mlp_only_layers router_aux_loss_coef""".split():
+            for key in _MOE_KEYS:
                 del raw[key]
         return {
             "architectures": ["Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"],

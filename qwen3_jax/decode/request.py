@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+import operator
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -42,19 +43,24 @@ class Request:
     sample: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompt_ids", tuple(int(token) for token in self.prompt_ids))
+        try:
+            object.__setattr__(self, "prompt_ids", tuple(operator.index(token) for token in self.prompt_ids))
+        except TypeError:
+            raise ValueError(f"prompt_ids: {self.prompt_ids!r}; a sequence of whole numbers fits") from None
         if not self.prompt_ids:
             raise ValueError("prompt_ids: empty; at least one id fits")
         if self.thinking_budget is not None:
             _check_int("thinking_budget", self.thinking_budget, -1)
         _check_int("max_new_tokens", self.max_new_tokens, 1)
-        _check_int("answer_reserve", self.answer_reserve, 0)
+        _check_int("answer_reserve", self.answer_reserve, 0, 2**31 - 1)
         _check_int("top_k", self.top_k, 0)
-        _check_int("sample", self.sample, 0)
+        _check_int("sample", self.sample, 0, 2**31 - 1)
         _check_int("seed", self.seed, 0, 2**32 - 1)
-        _check_float("temperature", self.temperature, 0, float("inf"))
+        _check_float("temperature", self.temperature, 0, 1000)
         _check_float("top_p", self.top_p, 0, 1)
         _check_float("min_p", self.min_p, 0, 1)
+        if 0 < self.temperature < 0.001:  # logits over it would leave float32
+            raise ValueError(f"temperature: {self.temperature!r}; 0 (greedy) or a number in [0.001, 1000] fits")
         if self.top_p == 0:
             raise ValueError("top_p: 0 keeps no token; a number in (0, 1] fits")
         for name, allowed in (("thinking", (True, False)), ("start_in_think", (None, True, False))):
@@ -77,8 +83,8 @@ class Result:
     logprobs: log-probability of each token under the unmodified logits, in nats.
     forced: which tokens were forced.
 
-    `len(token_ids)` is the sum of the three counts and of the sampled markers `<think>` and `</think>` (less the
-    thinking tokens of the prompt).
+    `len(token_ids)` is the sum of the three counts, less the thinking tokens of the prompt, and of what is in none of
+    them: sampled `<think>` and `</think>`, a tool call inside the thought, an end-of-sequence token that ends it.
     """
 
     token_ids: list[int]

@@ -57,7 +57,7 @@ def _largest_threshold(keys_BV: jax.Array, enough: Callable[[jax.Array], jax.Arr
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
     """float32 to uint32, order kept."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0, x), jnp.uint32)  # -0.0 and 0.0 are equal
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 

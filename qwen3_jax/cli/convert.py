@@ -1,0 +1,85 @@
+"""`qwen3-jax convert SOURCE TARGET`: a released checkpoint to an Orbax one, or back; the source's kind decides."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from rich.console import Console
+from rich.progress import track
+
+from qwen3_jax import hf
+from qwen3_jax.config import ModelConfig
+
+PARAMS = "params"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `qwen3-jax convert`."""
+    parser.add_argument(
+        "source", type=Path, help="directory with config.json and *.safetensors, or one written by this"
+    )
+    parser.add_argument("target", type=Path, help="directory to make")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs `qwen3-jax convert`."""
+    convert(args.source, args.target)
+
+
+def convert(source: Path, target: Path) -> None:
+    """Converts a checkpoint, bit for bit, and copies the tokenizer's files along.
+
+    The Orbax side is a directory with `config.json` and `params`, the stacked weights as a StandardCheckpointer tree.
+    The weights pass through the host's memory, where they are once; `target` appears when all is written.
+
+    Raises:
+      ValueError: `source` is neither kind of checkpoint or not a sound one, or `target` exists and is not empty.
+    """
+    console = Console()
+    # The host holds models that one accelerator does not.
+    with hf.new_directory(target) as building, jax.default_device(jax.local_devices(backend="cpu")[0]):
+        if (source / PARAMS).is_dir():
+            config, params = _load_orbax(source)
+            hf.save_checkpoint(building, config, params, track=partial(track, description="writing", console=console))
+        else:
+            config, params = hf.load_checkpoint(
+                source, dtype=None, stacked=True, track=partial(track, description="reading", console=console)
+            )
+            _save_orbax(building, config, params)
+        for name in _TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, building / name)
+        written = sorted((path.name, _size(path)) for path in building.iterdir())
+    console.print(f"{target}: {config.num_params:,} weights", soft_wrap=True, highlight=False)
+    for name, size in written:
+        console.print(f"  {name}  {size:,} bytes", soft_wrap=True, highlight=False)
+
+
+def _save_orbax(directory: Path, config: ModelConfig, params: dict[str, Any]) -> None:
+    (directory / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory.absolute() / PARAMS, params)
+
+
+def _load_orbax(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    config = ModelConfig.from_hf(directory)
+    path = directory.absolute() / PARAMS
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    with ocp.StandardCheckpointer() as checkpointer:
+        held = checkpointer.metadata(path).item_metadata.tree
+        wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), held)
+        return config, checkpointer.restore(path, wanted)
+
+
+def _size(path: Path) -> int:
+    return (
+        sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
+    )

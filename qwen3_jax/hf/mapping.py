@@ -1,0 +1,135 @@
+"""Which tensors of the released files make up which of our weights: one table, read in both directions.
+
+A weight of ours is its tensors reshaped (heads split off) and stacked (layers, experts), never transposed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from qwen3_jax.config import ModelConfig
+from qwen3_jax.hf.tensor_file import Spans, Tensor
+from qwen3_jax.model import Qwen3
+from qwen3_jax.model.layout import layer_name, run_name
+
+# Our path, the layer's own name replaced by "layer", to the released name.
+_TENSORS = {
+    "embed_tokens": "model.embed_tokens.weight",
+    "norm": "model.norm.weight",
+    "lm_head": "lm_head.weight",
+    "layer/input_layernorm": "model.layers.{layer}.input_layernorm.weight",
+    "layer/self_attn/q_proj": "model.layers.{layer}.self_attn.q_proj.weight",
+    "layer/self_attn/k_proj": "model.layers.{layer}.self_attn.k_proj.weight",
+    "layer/self_attn/v_proj": "model.layers.{layer}.self_attn.v_proj.weight",
+    "layer/self_attn/o_proj": "model.layers.{layer}.self_attn.o_proj.weight",
+    "layer/self_attn/q_norm": "model.layers.{layer}.self_attn.q_norm.weight",
+    "layer/self_attn/k_norm": "model.layers.{layer}.self_attn.k_norm.weight",
+    "layer/post_attention_layernorm": "model.layers.{layer}.post_attention_layernorm.weight",
+    "layer/mlp/gate_proj": "model.layers.{layer}.mlp.gate_proj.weight",
+    "layer/mlp/up_proj": "model.layers.{layer}.mlp.up_proj.weight",
+    "layer/mlp/down_proj": "model.layers.{layer}.mlp.down_proj.weight",
+}
+_MOE_TENSORS = _TENSORS | {
+    "layer/mlp/router": "model.layers.{layer}.mlp.gate.weight",
+    "layer/mlp/gate_proj": "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
+    "layer/mlp/up_proj": "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
+    "layer/mlp/down_proj": "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
+}
+# The other spelling of experts: all of a layer in one [E, rows, columns] tensor, gate's rows before up's.
+_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One of our weights and where its content lies in the released files.
+
+    path: of the weight in `params`.
+    shape: of the weight.
+    axes: its logical axes.
+    tensors: index along the leading axes (layers, experts; `()` where there are none) -> name of the tensor there.
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    tensors: dict[tuple[int, ...], str]
+
+    @property
+    def lead(self) -> int:
+        """Number of leading axes."""
+        return len(next(iter(self.tensors)))
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Shape of each of the tensors."""
+        return tuple(stop for _, stop in self.tensor_spans(tuple((0, size) for size in self.shape)))
+
+    def tensor_spans(self, spans: Spans) -> Spans:
+        """The part of each tensor that makes up the part `spans` of the weight: its heads are merged into rows."""
+        merged: list[tuple[int, int]] = []
+        for axis, size, span in list(zip(self.axes, self.shape, spans, strict=True))[self.lead :]:
+            if axis == "head_dim":
+                assert span == (0, size)  # no mesh splits it
+                merged[-1] = (merged[-1][0] * size, merged[-1][1] * size)
+            else:
+                merged.append(span)
+        return tuple(merged)
+
+
+def model_leaves(config: ModelConfig, stacked: bool) -> list[Leaf]:
+    """All weights of a model, in the stacked or the per-layer layout."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    # Stacked layers are traced once whatever their number. No mesh: one token would not divide over its devices.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        boxed = jax.eval_shape(Qwen3(config, stacked=True).init, jax.random.key(0), tokens)["params"]
+    runs = {run_name(start, stop): range(start, stop) for start, stop in config.layer_runs}
+    leaves = []
+    for path, box in traverse_util.flatten_dict(boxed).items():
+        shape, axes = box.value.shape, box.names
+        if path[0] not in runs:
+            leaves.append(_leaf(path, shape, axes, _TENSORS["/".join(path)], range(0)))
+            continue
+        run = runs[path[0]]
+        table = _MOE_TENSORS if config.is_moe_layer(run.start) else _TENSORS
+        template = table["/".join(("layer", *path[1:]))]
+        if stacked:
+            leaves.append(_leaf(path, shape, axes, template, run))
+        else:
+            for i in run:
+                leaves.append(_leaf((layer_name(i), *path[1:]), shape[1:], axes[1:], template, range(i, i + 1)))
+    return leaves
+
+
+def _leaf(
+    path: tuple[str, ...], shape: tuple[int, ...], axes: tuple[str | None, ...], template: str, layers: range
+) -> Leaf:
+    lead = sum(axis in ("layers", "expert") for axis in axes)
+    tensors = {}
+    for index in itertools.product(*map(range, shape[:lead])):
+        stacked = axes[0] == "layers"
+        layer = layers[index[0] if stacked else 0] if layers else None
+        tensors[index] = template.format(layer=layer, expert=index[-1] if index else None)
+    return Leaf(path, shape, axes, tensors)
+
+
+def unfuse_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under their released names, fused experts cut into one tensor each."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        prefix, _, last = name.rpartition(".")
+        parts = _FUSED.get(last, ())
+        fused = parts and prefix.endswith(".mlp.experts") and len(tensor.shape) == 3
+        if not fused or tensor.shape[1] % len(parts):
+            out[name] = tensor
+            continue
+        experts, rows, columns = tensor.shape[0], tensor.shape[1] // len(parts), tensor.shape[2]
+        for expert, (i, part) in itertools.product(range(experts), enumerate(parts)):
+            piece = dataclasses.replace(tensor, shape=(rows, columns), expert=(expert,), first_row=i * rows)
+            out[f"{prefix}.{expert}.{part}.weight"] = piece
+    return out

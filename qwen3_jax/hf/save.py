@@ -1,0 +1,160 @@
+"""Writing weights as a released checkpoint, which transformers loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from safetensors.numpy import save_file
+
+from qwen3_jax.config import ModelConfig
+from qwen3_jax.hf.mapping import Leaf, model_leaves
+from qwen3_jax.hf.tensor_file import INDEX_FILE, SINGLE_FILE, param_dtype
+from qwen3_jax.model.layout import is_stacked
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One tensor to be written: its name and shape, and where it lies in `params`."""
+
+    name: str
+    shape: tuple[int, ...]
+    path: tuple[str, ...]
+    index: tuple[int, ...]
+
+
+def save_checkpoint(
+    directory: str | Path,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    dtype: Any = None,
+    max_shard_bytes: int = 2_000_000_000,
+    *,
+    track: Callable[[Sequence[Part]], Iterable[Part]] = iter,
+) -> None:
+    """Writes `config.json` and safetensors under the released names; `directory` appears when all is written.
+
+    The host holds the tensors of one file at a time. With several processes, all must call this, and the first one writes.
+
+    Args:
+      directory: must not exist, or be empty.
+      config: of the model.
+      params: its weights in either layout, boxed or plain, sharded or not.
+      dtype: of the tensors: float32, bfloat16 or float16; None keeps that of the weights, which must then be one.
+      max_shard_bytes: of tensors in one file, and so of host memory; with more than that in all, there are several files and an index.
+      track: wraps the sequence of tensors to be written, to show progress.
+
+    Raises:
+      ValueError: `directory` is not empty, or `params` are not the weights of `config`.
+    """
+    flat = traverse_util.flatten_dict(nn.unbox(params))
+    leaves = model_leaves(config, is_stacked(config, params))
+    _check(leaves, flat)
+    kinds = {str(x.dtype) for x in flat.values()}
+    if dtype is None and len(kinds) > 1:
+        raise ValueError(f"dtype: None, but the weights have {', '.join(sorted(kinds))}; one of these fits")
+    target = param_dtype(kinds.pop() if dtype is None else dtype)
+    parts = [Part(name, leaf.tensor_shape, leaf.path, at) for leaf in leaves for at, name in leaf.tensors.items()]
+    parts.sort(key=lambda part: [int(word) if word.isdigit() else word for word in part.name.split(".")])
+    tensors = ((part.name, _to_host(flat[part.path], part).astype(target, "C", copy=False)) for part in track(parts))
+    if jax.process_index() == 0:
+        with new_directory(directory) as partial:
+            _write_files(partial, parts, target.itemsize, tensors, max_shard_bytes)
+            _write_json(partial / "config.json", {**config.to_hf(), "torch_dtype": target.name})
+    else:
+        for _ in tensors:  # gathering a tensor takes all processes
+            pass
+    multihost_utils.sync_global_devices("hf.save_checkpoint")
+
+
+@contextmanager
+def new_directory(directory: str | Path) -> Iterator[Path]:
+    """A directory to fill, beside `directory` and renamed to it at the end; nothing is left of it after an exception.
+
+    Raises:
+      ValueError: `directory` exists and is not an empty directory.
+    """
+    directory = Path(directory)
+    if directory.exists() and not (directory.is_dir() and next(directory.iterdir(), None) is None):
+        raise ValueError(f"target: {str(directory)!r} exists; a new or empty directory fits")
+    partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check(leaves: Sequence[Leaf], flat: Mapping[tuple[str, ...], Any]) -> None:
+    shapes = {leaf.path: leaf.shape for leaf in leaves}
+    problems = [f"{'/'.join(path)} is missing" for path in shapes if path not in flat]
+    problems += [f"{'/'.join(path)} is unknown" for path in flat if path not in shapes]
+    problems += [
+        f"{'/'.join(path)} has shape {list(flat[path].shape)}, not {list(shape)}"
+        for path, shape in shapes.items()
+        if path in flat and flat[path].shape != shape
+    ]
+    if problems:
+        raise ValueError(f"params: {'; '.join(problems[:5])}; the weights of this configuration fit")
+
+
+def _to_host(x: Any, index: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """`x[index]` of an array on the host or, however sharded, on devices."""
+    if isinstance(x, np.ndarray):
+        return x[index]
+    whole = NamedSharding(x.sharding.mesh, PartitionSpec()) if isinstance(x.sharding, NamedSharding) else x.sharding
+    # A jax.Array keeps its copy on the host as long as it lives; that of the slice ends with it.
+    return np.asarray(_slice(x, index, whole))
+
+
+@functools.partial(jax.jit, static_argnames="sharding")
+def _slice(x: jax.Array, index: tuple[jax.Array, ...], sharding: Sharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x[index], sharding)
+
+
+def _write_files(
+    directory: Path,
+    parts: Sequence[Part],
+    dtype: np.dtype[Any],
+    arrays: Iterator[np.ndarray[Any, Any]],
+    max_shard_bytes: int,
+) -> None:
+    """The tensors in as few files as their order and `max_shard_bytes` allow, and the index where that is several."""
+    sizes = [math.prod(part.shape) * dtype.itemsize for part in parts]
+    files: list[dict[str, tuple[int, ...]]] = [{}]
+    room = max_shard_bytes
+    for part, size in zip(parts, sizes, strict=True):
+        if size > room and files[-1]:
+            files.append({})
+            room = max_shard_bytes
+        files[-1][part.name] = part.shape
+        room -= size
+    if len(files) == 1:
+        write_tensors(directory / SINGLE_FILE, files[0], dtype, arrays)
+        return
+    placed: dict[str, str] = {}
+    for number, shapes in enumerate(files, start=1):
+        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        write_tensors(directory / file, shapes, dtype, itertools.islice(arrays, len(shapes)))
+        placed |= dict.fromkeys(shapes, file)
+    _write_json(directory / INDEX_FILE, {"metadata": {"total_size": sum(sizes)}, "weight_map": placed})
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,722 @@
+"""The thinking budget's rules, token for token against the plain-Python reference.
+
+The compiled loop runs over a stand-in for the network whose logits are a table, indexed by row, position and last
+token, so that the reference sees the very same numbers; the rest is the real program. Tests named `test_edge_NN_...`
+pin one known way to get a thinking budget wrong each.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import decode_reference as ref
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+
+from qwen3_jax.config import ModelConfig
+from qwen3_jax.decode import Request, Result, ThinkingTokens
+from qwen3_jax.decode import budget as bud
+from qwen3_jax.decode.batch import _pack, _results, check_request
+from qwen3_jax.decode.loop import DecodeState, Rows, decode, prefill
+from qwen3_jax.decode.sampling import Sampling, choose
+
+V, NUM_TOKENS = 24, 22  # ids 22 and 23 decode to nothing
+THINK, END, EOS, EOS_2, TOOL, END_TOOL, BREAK, GEN = range(14, 22)
+BLOCK = (THINK, BREAK, END, BREAK)
+STOP = (BREAK, 1, 2, 3, END, BREAK)
+PROMPT = (5, EOS, GEN)
+OPEN = (*PROMPT, THINK)
+ROWS, WRITE, PERIOD = 8, 48, 80  # batch, most tokens written, positions of a table
+ENDLESS = 1152  # most tokens written in the one test of a large budget
+UNLIMITED = np.int32(bud.UNLIMITED)
+
+CONFIG = ModelConfig(
+    vocab_size=V,
+    hidden_size=2,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=2,
+    intermediate_size=2,
+    max_position_embeddings=4096,
+    rope_theta=1e4,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A row: its request, the logits [PERIOD, V, V] by position and last token, and its stop text."""
+
+    request: Request
+    table: np.ndarray
+    stop: tuple[int, ...] = STOP
+
+    @property
+    def tokens(self) -> ThinkingTokens:
+        return ThinkingTokens(THINK, END, (EOS, EOS_2), self.stop, BLOCK, TOOL, END_TOOL, NUM_TOKENS)
+
+
+def case(script: Sequence[int] = (), *, prompt: Sequence[int] = PROMPT, stop: tuple[int, ...] = STOP, **fields: Any):
+    """A row whose model wants to write `script` after the prompt, each token at its own position, then 0 for ever."""
+    table = np.zeros((PERIOD, V, V), np.float32)
+    table[:, :, 0] = 1.0
+    for k, token in enumerate(script):
+        table[len(prompt) - 1 + k, :, token] = 5.0
+    return Case(Request(prompt, **{"max_new_tokens": WRITE, **fields}), table, stop)
+
+
+@functools.cache
+def random_table(seed: int) -> np.ndarray:
+    """Random logits, many of them equal, in which markers, ends and dead ids are likely; four tempers by seed."""
+    rng = np.random.default_rng(seed)
+    table = np.round(2 * rng.normal(size=(PERIOD, V, V))) / 2
+    tempers = [(0.5, 0.0, 0.0, 0.5, 1.5), (0.0, -3.0, -3.0, -3.0, 0.0), (2.0, -1.0, 1.5, 1.0, 0.5), (0, 1, 1, 0, 1)]
+    table[:, :, [THINK, END, EOS, TOOL, END_TOOL]] += tempers[seed % 4]
+    table[:, :, NUM_TOKENS:] += 3
+    table[:, GEN, THINK] += 2
+    return table.astype(np.float32)
+
+
+@functools.cache
+def rambling_table(seed: int) -> np.ndarray:
+    """Random logits of a model that always opens a thought and never ends anything."""
+    table = np.array(random_table(seed))
+    table[:, :, [END, EOS, EOS_2, TOOL]] = -50
+    table[:, GEN, THINK] = 50
+    return table
+
+
+# Every compilation of the loop appends here.
+traces: list[str] = []
+
+
+def forward(tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, cache: dict[str, jax.Array]) -> Any:
+    """The stand-in for the network: looks logits up, and notes in its cache which token it saw at which position."""
+    traces.append(f"forward over {tokens_BT.shape[1]}")
+    rows = jnp.arange(tokens_BT.shape[0])
+    slots_BT = jnp.where(segments_BT > 0, positions_BT, cache["seen"].shape[1])
+    seen = cache["seen"].at[rows[:, None], slots_BT].set(tokens_BT, mode="drop")
+    times = cache["times"].at[rows[:, None], slots_BT].add(1, mode="drop")
+    logits_BV = cache["table"][rows, positions_BT[:, -1] % PERIOD, tokens_BT[:, -1]]
+    return logits_BV, {**cache, "seen": seen, "times": times}
+
+
+@functools.partial(jax.jit, static_argnames="write")
+def _begin(prompts: Any, rows: Any, state: Any, table: Any, max_steps: Any, write: int) -> DecodeState:
+    seen = jnp.zeros((ROWS, prompts.shape[1] + write), jnp.int32)
+    cache = {"table": table, "seen": seen, "times": seen}
+    return decode(forward, prefill(forward, prompts, rows, state, cache, write), rows, max_steps)
+
+
+@jax.jit
+def _go_on(state: DecodeState, rows: Any, max_steps: Any) -> DecodeState:
+    return decode(forward, state, rows, max_steps)
+
+
+def pack(cases: Sequence[Case]) -> tuple[Any, Rows, Any, np.ndarray]:
+    """Arrays of exactly ROWS rows, each packed by itself, so that each brings its own stop text."""
+    cases = [*cases, *[case(max_new_tokens=1)] * (ROWS - len(cases))]
+    packed = []
+    for each in cases:
+        limit = check_request(each.request, CONFIG, each.tokens)
+        packed.append(_pack([each.request], [limit], CONFIG, each.tokens))
+    markers = packed[0][1].markers
+    prompts, rows, states = jax.tree.map(
+        lambda *leaves: np.concatenate(leaves), *[(p, r.replace(markers=None), s) for p, r, s in packed]
+    )
+    return prompts, rows.replace(markers=markers), states, np.stack([each.table for each in cases])
+
+
+def run(cases: Sequence[Case], write: int = WRITE) -> list[Result]:
+    """Results of the compiled loop."""
+    return _results(_begin(*pack(cases), UNLIMITED, write=write))[: len(cases)]
+
+
+def run_one(*args: Any, **fields: Any) -> Result:
+    """The result of one scripted row."""
+    return run([case(*args, **fields)])[0]
+
+
+def outcome(result: Result) -> ref.Outcome:
+    return ref.Outcome(
+        result.token_ids,
+        result.forced,
+        result.thinking_tokens,
+        result.injected_tokens,
+        result.answer_tokens,
+        result.thinking_end,
+        result.finish_reason,
+    )
+
+
+@jax.jit
+def _choose_one(masked_V: jax.Array, sampling: Sampling, position: jax.Array) -> jax.Array:
+    return choose(masked_V[None], jnp.isfinite(masked_V)[None], sampling, position[None])[0]
+
+
+def reference_row(request: Request) -> ref.Row:
+    eos_stops = request.eos_while_thinking == "stop"
+    reserve, prompt = request.answer_reserve, tuple(request.prompt_ids)
+    return ref.Row(prompt, request.thinking_budget, request.thinking, request.max_new_tokens, reserve, eos_stops)
+
+
+def reference_ids(each: Case) -> ref.Ids:
+    return ref.Ids(THINK, END, (EOS, EOS_2), TOOL, END_TOOL, NUM_TOKENS, each.stop, BLOCK)
+
+
+def reference(each: Case) -> ref.Outcome:
+    """What the plain-Python rules make of the same row."""
+    request = each.request
+    sampling = Sampling(
+        temperature_B=np.float32([request.temperature]),
+        top_p_B=np.float32([request.top_p]),
+        top_k_B=np.int32([request.top_k]),
+        min_p_B=np.float32([request.min_p]),
+        seed_B=np.uint32([request.seed]),
+        sample_B=np.int32([request.sample]),
+    )
+
+    def draw(masked: list[float], position: int) -> int:
+        return int(_choose_one(np.float32(masked), sampling, np.int32(position)))
+
+    def next_logits(tokens: list[int]) -> list[float]:
+        return each.table[(len(tokens) - 1) % PERIOD, tokens[-1]].tolist()
+
+    chooser = draw if request.temperature > 0 else ref.greedy
+    return ref.decode_row(next_logits, reference_row(request), reference_ids(each), chooser)
+
+
+def assert_as_reference(cases: Sequence[Case], results: Sequence[Result]) -> None:
+    for each, result in zip(cases, results, strict=True):
+        assert outcome(result) == reference(each), each.request
+
+
+# Any batch of rows ---------------------------------------------------------------------------------------------------
+
+PLAIN = st.integers(0, 13)
+ANY = st.integers(0, NUM_TOKENS - 1)
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> tuple[tuple[int, ...], bool]:
+    """A prompt, and whether it ends inside an open thought."""
+    user = tuple(draw(st.lists(ANY, max_size=5)))
+    thought = tuple(draw(st.lists(st.one_of(PLAIN, st.sampled_from([THINK, TOOL, END_TOOL])), max_size=6)))
+    kind = draw(st.sampled_from(["new", "new", "new", "open", "open", "empty", "closed"]))
+    end = {"new": (), "open": (THINK, *thought), "empty": BLOCK, "closed": (THINK, *thought, END_TOOL, END, BREAK)}
+    return (*user, EOS, GEN, *end[kind]), kind == "open"
+
+
+@st.composite
+def any_rows(draw: st.DrawFn) -> tuple[Request, int, tuple[int, ...]]:
+    """Any request at all, as long as its fields are of the right kind; the seed of a random table; a stop text."""
+    prompt, is_open = draw(prompts())
+    before = draw(st.lists(ANY, max_size=20))
+    stop = (*before, END, *draw(st.lists(ANY, max_size=11)))
+    if draw(st.booleans()):
+        stop = STOP
+    sampled = {
+        "temperature": draw(st.sampled_from([0.3, 0.7, 1.0, 2.0])),
+        "top_p": draw(st.sampled_from([1.0, 0.95, 0.5])),
+        "top_k": draw(st.sampled_from([0, 1, 5, 20])),
+        "min_p": draw(st.sampled_from([0.0, 0.05, 0.5])),
+        "seed": draw(st.integers(0, 2**32 - 1)),
+        "sample": draw(st.integers(0, 7)),
+    }
+    request = Request(
+        prompt,
+        thinking_budget=draw(st.sampled_from([None, -1, 0, 1, 1, 2, 3, 4, 5, 6, 8, 12, 24, 1024, 2**31 - 1])),
+        thinking=is_open or draw(st.sampled_from([True, True, True, False])),
+        max_new_tokens=draw(st.integers(1, WRITE)),
+        answer_reserve=draw(st.integers(0, 6)),
+        eos_while_thinking=draw(st.sampled_from(["close", "stop"])),
+        **(sampled if draw(st.booleans()) else {}),
+    )
+    return request, draw(st.integers(0, 11)), stop
+
+
+def test_every_row_is_the_references() -> None:
+    """Hundreds of rows, eight to a batch, greedy and sampled: each token and each count. Then that all was met."""
+    met: collections.Counter[tuple[str, str]] = collections.Counter()
+    refused = collections.Counter[bool]()
+
+    @settings(max_examples=60, derandomize=True, database=None, deadline=None, phases=[Phase.generate])
+    @given(st.lists(any_rows(), min_size=ROWS, max_size=ROWS))
+    def compare(rows: list[tuple[Request, int, tuple[int, ...]]]) -> None:
+        served = []
+        for request, seed, stop in rows:
+            each = Case(request, random_table(seed), stop)
+            fits = ref.fits(reference_row(each.request), reference_ids(each))
+            refused[not fits] += 1
+            if fits:
+                served.append(each)
+            else:
+                with pytest.raises(ValueError, match="max_new_tokens"):
+                    check_request(each.request, CONFIG, each.tokens)
+        results = run(served)
+        assert_as_reference(served, results)
+        met.update((result.thinking_end, result.finish_reason) for result in results)
+
+    compare()
+    assert refused[False] > 250
+    assert refused[True] > 10
+    expected = {(end, finish) for end in ("natural", "budget", "off", "none", "eos") for finish in ("stop", "length")}
+    assert met.keys() == expected | {("length", "length")}, met
+
+
+# Counting and the boundary -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_edge_01_at_most_budget_tokens_lie_before_the_first_forced_one(temperature: float) -> None:
+    """Off by one either way is the commonest bug; the model here never stops thinking by itself."""
+    budgets = [1, 2, 23, 24, 25, 1024]
+    cases = [
+        Case(
+            Request(PROMPT, thinking_budget=b, max_new_tokens=b + 40, temperature=temperature, seed=b),
+            rambling_table(b % 4),
+        )
+        for b in budgets
+    ]
+    results = run(cases, write=ENDLESS)
+    for budget, result in zip(budgets, results, strict=True):
+        assert result.token_ids[0] == THINK
+        assert result.forced.index(True) - 1 == budget == result.thinking_tokens
+        assert result.token_ids[budget + 1 : budget + 1 + len(STOP)] == list(STOP)
+    assert_as_reference(cases, results)
+
+
+def test_edge_03_a_natural_close_equals_the_unlimited_run() -> None:
+    cases = [case([THINK, 3, 4, END, 6, EOS], thinking_budget=b) for b in (3, 2, None)]
+    results = run(cases)
+    assert [r.token_ids for r in results] == [[THINK, 3, 4, END, 6, EOS]] * 3
+    assert {(r.injected_tokens, r.thinking_end, r.thinking_tokens) for r in results} == {(0, "natural", 2)}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.05])
+def test_edge_04_a_close_right_after_the_last_allowed_token_is_natural(temperature: float) -> None:
+    """The step after the budget-th token is sampled: `</think>` stands, anything else is discarded."""
+    for token, end in ((END, "natural"), (7, "budget")):
+        result = run_one([THINK, 3, 4, token, 6, EOS], thinking_budget=2, temperature=temperature)
+        assert (result.thinking_end, result.thinking_tokens) == (end, 2)
+        assert result.token_ids[3] == (END if end == "natural" else STOP[0])
+        assert 7 not in result.token_ids
+
+
+@pytest.mark.parametrize("held", [0, 1, 3])
+def test_edge_06_a_prefix_of_thinking_tokens_leaves_the_rest_of_the_budget(held: int) -> None:
+    result = run_one(prompt=(*OPEN, *[4] * held), thinking_budget=5)
+    assert result.forced.index(True) == 5 - held
+    assert result.thinking_tokens == 5
+
+
+@pytest.mark.parametrize("held", [3, 4, 7])
+def test_edge_06_a_prefix_that_spent_the_budget_injects_at_the_first_step(held: int) -> None:
+    """Nothing is sampled first, so not even a `</think>` the model wants comes before the stop text."""
+    result = run_one([END, 9, EOS], prompt=(*OPEN, *[4] * held), thinking_budget=3)
+    assert result.token_ids[: len(STOP)] == list(STOP)
+    assert all(result.forced[: len(STOP)])
+    assert (result.thinking_tokens, result.thinking_end) == (held, "budget")
+
+
+def test_edge_06_a_row_continued_from_its_own_prefix_goes_on_as_before() -> None:
+    """Counters read off a prompt equal counters carried: cut the row anywhere in its thought and continue it."""
+    compared = 0
+    for table in range(8):
+        request = Request(PROMPT, thinking_budget=6, max_new_tokens=WRITE)
+        whole = run([Case(request, random_table(table))])[0]
+        thought = whole.token_ids.index(END) if END in whole.token_ids else len(whole.token_ids)
+        first_forced = whole.forced.index(True) if True in whole.forced else len(whole.token_ids)
+        cuts = range(1, min(thought, first_forced, ROWS))
+        prompts = [(*PROMPT, *whole.token_ids[:cut]) for cut in cuts]
+        cases = [
+            Case(Request(p, thinking_budget=6, max_new_tokens=WRITE - cut), random_table(table))
+            for cut, p in zip(cuts, prompts, strict=True)
+        ]
+        for cut, result in zip(cuts, run(cases), strict=True):
+            assert result.token_ids == whole.token_ids[cut:]
+            assert (result.thinking_tokens, result.thinking_end) == (whole.thinking_tokens, whole.thinking_end)
+            compared += 1
+    assert compared > 20
+
+
+def test_edge_06_a_prompts_second_thought_counts_from_its_own_marker() -> None:
+    """What a closed thought held is spent; so is it where a caller says that a thought is open without a marker."""
+    for end, told in (((THINK, 5), None), ((), True)):
+        result = run_one(prompt=(*OPEN, 3, 4, END, BREAK, *end), start_in_think=told, thinking_budget=2)
+        assert result.forced.index(True) == 2 - len(end[1:])
+        assert result.thinking_tokens == 2
+
+
+def test_edge_07_unlimited_in_three_spellings_never_triggers() -> None:
+    cases = [Case(Request(PROMPT, thinking_budget=b, max_new_tokens=WRITE), rambling_table(1)) for b in (None, -1)]
+    cases += [Case(Request(OPEN, thinking_budget=2**31 - 1, max_new_tokens=WRITE), rambling_table(1))]
+    for result in run(cases):
+        assert (result.injected_tokens, result.thinking_end, len(result.token_ids)) == (0, "length", WRITE)
+
+
+def test_edge_09_a_row_that_never_opens_a_thought_is_never_cut() -> None:
+    result = run_one([7, 8, THINK, 9, END], thinking_budget=2)
+    assert result.token_ids == [7, 8, 0, 9, END] + [0] * (WRITE - 5)
+    assert (result.injected_tokens, result.thinking_tokens, result.thinking_end) == (0, 0, "none")
+    assert result.answer_tokens == len(result.token_ids) == WRITE
+
+
+# Injection -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", [BREAK, 0, 13])
+def test_edge_11_the_stop_text_is_appended_as_ids(last: int) -> None:
+    """24 ids, whatever the thought ends in, `BREAK` (with which they begin) among it."""
+    stop = (BREAK, *range(13), 3, 1, 2, 8, 9, 3, 7, 5, END, BREAK)
+    assert len(stop) == 24
+    result = run_one([THINK, 4, last], thinking_budget=2, stop=stop)
+    assert result.token_ids[:27] == [THINK, 4, last, *stop]
+    assert [i for i, forced in enumerate(result.forced) if forced] == list(range(3, 27))
+
+
+def test_edge_14_a_cut_row_leaves_every_other_row_alone() -> None:
+    """In any position and order, greedy and sampled."""
+    table = [
+        Case(Request(PROMPT, max_new_tokens=WRITE, temperature=i % 2, seed=i), random_table(i)) for i in range(ROWS)
+    ]
+    before = run(table)
+    for cut in range(0, ROWS, 3):
+        cases = list(table)
+        cases[cut] = dataclasses.replace(table[cut], request=dataclasses.replace(table[cut].request, thinking_budget=1))
+        order = np.random.default_rng(cut).permutation(ROWS)
+        after = run([cases[i] for i in order])
+        assert all(r == before[i] for i, r in zip(order, after, strict=True) if i != cut)
+
+
+def test_edge_15_rows_in_every_phase_coexist_in_one_step() -> None:
+    """Stepped token by token: thinking, at three places of the stop text, answering and done, at the same moment."""
+    cases = [case(prompt=(*OPEN, 3), thinking_budget=b) for b in (1, 2, 3, 30)]
+    cases += [case([7, EOS]), case([THINK, 3, END, 4]), case([THINK, 3, END, EOS])]
+    prompts, rows, states, table = pack(cases)
+    state = _begin(prompts, rows, states, table, np.int32(0), write=WRITE)
+    met = []
+    while state.budget.active_B.any():
+        state = _go_on(state, rows, np.int32(1))
+        stopping = np.asarray(state.budget.phase_B) == bud.STOP
+        met.append(
+            (set(np.asarray(state.budget.phase_B).tolist()), set(np.asarray(state.budget.forced_at_B)[stopping]))
+        )
+    assert any(len(at) >= 3 and phases == {bud.THINK, bud.STOP, bud.ANSWER, bud.DONE} for phases, at in met)
+    assert_as_reference(cases, _results(state)[: len(cases)])
+
+
+def test_edge_16_a_thought_ending_in_the_stop_texts_first_words_gets_the_whole_text() -> None:
+    result = run_one([THINK, 7, *STOP[:3]], thinking_budget=4)
+    assert result.token_ids[: 5 + len(STOP)] == [THINK, 7, *STOP[:3], *STOP]
+    assert result.injected_tokens == len(STOP)
+
+
+def test_edge_17_the_machinery_never_doubles_the_close() -> None:
+    """A model that wants `</think>` all through the injection gets one; one that closed by itself gets no other."""
+    result = run_one([THINK, 7, 8, *[END] * (len(STOP) - 1)], thinking_budget=1)
+    assert result.token_ids[: 2 + len(STOP)] == [THINK, 7, *STOP]
+    assert result.token_ids.count(END) == 1
+    for budget in (1, 2, 3):
+        result = run_one([THINK, 7, END, 9], thinking_budget=budget)
+        assert (result.token_ids.count(END), result.injected_tokens) == (1, 0)
+    for prompt in ((*PROMPT, *BLOCK), (*OPEN, 7, END, BREAK), (*OPEN, 7, END, BREAK, 4)):
+        for fields in ({"thinking_budget": 0}, {"thinking": False}, {"thinking_budget": 1}):
+            assert run_one([9, EOS], prompt=prompt, **fields).token_ids == [9, EOS]
+
+
+def test_edge_19_a_stop_text_of_any_length_needs_no_new_program() -> None:
+    run([case()])
+    before = len(traces)
+    for length in range(1, 33):
+        stop = tuple(range(length))[:12] + (3,) * max(0, length - 13) + (END,) * (length > 12)
+        stop = (*stop[: length - 1], END)
+        result = run_one([THINK, 7], thinking_budget=1, stop=stop)
+        assert result.token_ids[2 : 2 + length] == list(stop)
+        assert (result.injected_tokens, result.answer_tokens) == (length, WRITE - 2 - length)
+    assert len(traces) == before
+
+
+def test_edge_23_forced_tokens_keep_the_models_own_logprobs_and_say_so() -> None:
+    """Of the logits before mask, temperature and forcing: a forced token of a confident model has a low one."""
+    each = Case(
+        Request(PROMPT, thinking_budget=2, max_new_tokens=20, temperature=0.3, top_k=2, seed=1), rambling_table(2)
+    )
+    result = run([each])[0]
+    assert sum(result.forced) == len(STOP)
+    tokens = list(each.request.prompt_ids)
+    for token, logprob in zip(result.token_ids, result.logprobs, strict=True):
+        logits = each.table[len(tokens) - 1, tokens[-1]].astype(np.float64)
+        assert logprob == pytest.approx(logits[token] - np.log(np.exp(logits).sum()), abs=1e-5)
+        tokens.append(token)
+
+
+def test_edge_24_draws_do_not_depend_on_forcing() -> None:
+    """The same answer as the recipe in two calls: think, then ask again with the stop text in the prompt."""
+    for seed in range(4):
+        one = Case(
+            Request(PROMPT, thinking_budget=4, max_new_tokens=WRITE, temperature=1.0, seed=seed), rambling_table(3)
+        )
+        result = run([one])[0]
+        cut = result.forced.index(True) + len(STOP)
+        prompt = (*PROMPT, *result.token_ids[:cut])
+        again = Case(Request(prompt, max_new_tokens=WRITE - cut, temperature=1.0, seed=seed), rambling_table(3))
+        assert run([again])[0].token_ids == result.token_ids[cut:]
+
+
+# Modes and flags -----------------------------------------------------------------------------------------------------
+
+
+def test_edge_26_27_budget_zero_and_no_think_give_the_empty_block_and_no_stop_text() -> None:
+    """And then go on as if the block had stood in the prompt, as the template puts it for `enable_thinking=False`."""
+    off = [{"thinking_budget": 0}, {"thinking": False}, {"thinking": False, "thinking_budget": 3}]
+    for i in range(4):
+        fields = {"max_new_tokens": 30, "temperature": i / 2, "seed": i}
+        results = run([Case(Request(PROMPT, **fields, **mode), random_table(i)) for mode in off])
+        fields["max_new_tokens"] -= len(BLOCK)
+        templated = run([Case(Request((*PROMPT, *BLOCK), **fields, **mode), random_table(i)) for mode in off])
+        for result, rest in zip(results, templated, strict=True):
+            assert result.token_ids == [*BLOCK, *rest.token_ids]
+            assert result.forced == [True] * 4 + [False] * len(rest.token_ids)
+            assert (result.thinking_tokens, result.thinking_end, rest.thinking_end) == (0, "off", "off")
+            assert (result.injected_tokens, rest.injected_tokens) == (4, 0)
+            assert result.answer_tokens == rest.answer_tokens == len(rest.token_ids)
+
+
+def test_edge_34_mixed_modes_in_one_call_equal_each_alone() -> None:
+    modes = [{"thinking_budget": b} for b in (1, 7, 0, None)] + [{"thinking": False}]
+    cases = [
+        Case(Request(PROMPT, **mode, max_new_tokens=WRITE, temperature=i % 2, seed=9), random_table(i))
+        for i, mode in enumerate(modes)
+    ]
+    assert run(cases) == [run([each])[0] for each in cases]
+
+
+# State machine -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [[THINK, 7, END], [THINK, 7, 8, 9]])
+def test_edge_36_no_second_thought_after_either_close(script: list[int]) -> None:
+    """The model would open thoughts for ever; inside a thought `<think>` is a token like any other."""
+    result = run_one(script + [THINK] * (WRITE - len(script)), thinking_budget=2)
+    close = result.token_ids.index(END)
+    assert THINK not in result.token_ids[close:]
+    assert result.thinking_tokens <= 2
+    assert run_one([THINK] * WRITE, thinking_budget=3).token_ids[:5] == [THINK] * 4 + [STOP[0]]
+
+
+def test_edge_37_38_a_tool_call_suspends_the_budget() -> None:
+    """Nothing is forced, counted or read as a marker up to `</tool_call>`; then the budget is back."""
+    call = [TOOL, 7, THINK, 8, END, 9, 9, 9, END_TOOL]
+    for budget, after in ((2, 0), (3, 1)):
+        result = run_one([THINK, 3, 4, *call, 5, 6], thinking_budget=budget)
+        head = [THINK, 3, 4] if budget == 2 else [THINK, 3, 4, *call, 5]
+        assert result.token_ids[: len(head) + len(STOP)] == [*head, *STOP]
+        assert result.thinking_tokens == budget == 2 + after
+    result = run_one([THINK, 3, *call, 4, 5], thinking_budget=2)  # one token left when the call begins
+    assert result.token_ids[:12] == [THINK, 3, *call, 4]
+    assert result.forced.index(True) == 12
+    result = run_one([THINK, 3, TOOL, *[7] * 40], thinking_budget=2, max_new_tokens=20)  # a call that never ends
+    assert (result.injected_tokens, result.thinking_tokens, result.thinking_end) == (0, 1, "length")
+    for eos in ("close", "stop"):
+        result = run_one([THINK, 3, TOOL, 7, EOS], thinking_budget=2, eos_while_thinking=eos)
+        assert result.token_ids == [THINK, 3, TOOL, 7, EOS]
+        assert (result.injected_tokens, result.thinking_end, result.finish_reason) == (0, "eos", "stop")
+
+
+def test_edge_38_a_prompt_that_ends_inside_a_tool_call_of_a_thought() -> None:
+    """No forced token lands inside, though the budget is spent; the call's tokens were not counted either."""
+    result = run_one([7, END_TOOL, 8], prompt=(*OPEN, 3, TOOL, 4, END, 5), thinking_budget=1)
+    assert result.token_ids[: 2 + len(STOP)] == [7, END_TOOL, *STOP]
+    assert result.thinking_tokens == 1
+
+
+def test_edge_39_a_stray_close_in_the_answer_changes_nothing() -> None:
+    result = run_one([THINK, 7, END, 8, END, 9, EOS], thinking_budget=1)
+    assert result.token_ids == [THINK, 7, END, 8, END, 9, EOS]
+    assert (result.thinking_end, result.thinking_tokens, result.answer_tokens) == ("natural", 1, 4)
+    assert run_one([END, 8, EOS], thinking_budget=1).thinking_end == "none"
+
+
+@pytest.mark.parametrize(
+    "user", [(THINK, 1, 2), (1, END, 2), (EOS, THINK, 2), (THINK, 1, END), (EOS, *BLOCK[:2]), (1, EOS, THINK)]
+)
+def test_edge_40_markers_typed_by_a_user_are_text(user: tuple[int, ...]) -> None:
+    """What stands before the last end of a turn opens, closes and counts nothing."""
+    script = [THINK, 7, 8, 9]
+    clean, typed = (run_one(script, prompt=(*said, EOS, GEN), thinking_budget=2) for said in ((1, 2, 3), user))
+    assert typed == clean
+    assert typed.thinking_end == "budget"
+
+
+def test_edge_42_an_end_of_sequence_inside_the_thought_closes_it_or_ends_the_row() -> None:
+    for eos in (EOS, EOS_2):
+        closed = run_one([THINK, 7, eos])
+        assert closed.token_ids[: 2 + len(STOP)] == [THINK, 7, *STOP]
+        assert (closed.thinking_end, closed.answer_tokens) == ("eos", WRITE - 2 - len(STOP))
+        plain = run_one([THINK, 7, eos], eos_while_thinking="stop")
+        assert plain.token_ids == [THINK, 7, eos]
+        assert (plain.thinking_end, plain.finish_reason, plain.answer_tokens) == ("eos", "stop", 0)
+        assert closed.thinking_tokens == plain.thinking_tokens == 1
+    # At the boundary the budget is what ended it.
+    cut = run_one([THINK, 7, EOS], thinking_budget=1, eos_while_thinking="stop")
+    assert cut.token_ids[: 2 + len(STOP)] == [THINK, 7, *STOP]
+    assert (cut.thinking_end, cut.answer_tokens) == ("budget", WRITE - 2 - len(STOP))
+
+
+def test_edge_43_an_end_of_sequence_right_after_the_close_is_an_empty_answer() -> None:
+    result = run_one([THINK, 7, END, EOS])
+    assert result.token_ids == [THINK, 7, END, EOS]
+    assert (result.thinking_end, result.finish_reason, result.answer_tokens) == ("natural", "stop", 1)
+
+
+# Lengths -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reserve", [0, 1, 5])
+def test_edge_44_a_budget_beyond_the_room_is_cut_early_enough(reserve: int) -> None:
+    """The stop text and the reserve fit to the token; one token less of room is refused, with the numbers."""
+    result = run_one([THINK], thinking_budget=1000, max_new_tokens=20, answer_reserve=reserve)
+    assert (len(result.token_ids), result.answer_tokens) == (20, reserve)
+    assert (result.thinking_end, result.injected_tokens) == ("budget", len(STOP))
+    assert result.thinking_tokens == 20 - 1 - len(STOP) - reserve
+    least = 1 + len(STOP) + reserve
+    assert run_one([THINK], thinking_budget=9, max_new_tokens=least, answer_reserve=reserve).thinking_tokens == 0
+    short = case(thinking_budget=9, max_new_tokens=least - 1, answer_reserve=reserve)
+    with pytest.raises(ValueError, match=rf"max_new_tokens: {least - 1} .*at least {least} .*{len(STOP)} .*{reserve} "):
+        check_request(short.request, CONFIG, short.tokens)
+
+
+@pytest.mark.parametrize("held", [1, 4])
+def test_edge_44_a_prompts_open_thought_is_refused_where_the_stop_text_cannot_fit(held: int) -> None:
+    """With the budget spent by the prompt (held 4) as well as not (held 1)."""
+    each = case(prompt=(*OPEN, *[3] * held), thinking_budget=3, max_new_tokens=len(STOP), answer_reserve=1)
+    with pytest.raises(ValueError, match=rf"max_new_tokens: {len(STOP)} .*at least {len(STOP) + 1} "):
+        check_request(each.request, CONFIG, each.tokens)
+
+
+def test_edge_45_more_length_is_more_room_for_the_answer() -> None:
+    short, long = (run_one([THINK], thinking_budget=5, max_new_tokens=n) for n in (20, 40))
+    assert short.thinking_tokens == long.thinking_tokens == 5
+    assert long.answer_tokens == short.answer_tokens + 20
+
+
+def test_edge_46_length_reached_inside_the_stop_text() -> None:
+    """Possible for an unlimited row that an end-of-sequence closed; the last slot of the buffer is the last written."""
+    for length in (5, WRITE):
+        script = [THINK, *[7] * (length - 4), EOS]
+        cases = [case(script, max_new_tokens=length), case([7], max_new_tokens=WRITE)]
+        result, neighbour = run(cases)
+        assert result.token_ids == [THINK, *[7] * (length - 4), *STOP[:3]]
+        assert (result.thinking_end, result.finish_reason) == ("eos", "length")
+        assert (result.answer_tokens, result.injected_tokens, result.thinking_tokens) == (0, 3, length - 4)
+        assert neighbour.token_ids == [7] + [0] * (WRITE - 1)
+
+
+def test_edge_47_length_reached_while_thinking_leaves_all_in_the_thought() -> None:
+    for n in (1, 2, 9):
+        result = run_one([THINK], max_new_tokens=n)
+        assert (result.thinking_tokens, result.answer_tokens, result.thinking_end) == (n - 1, 0, "length")
+        assert result.finish_reason == "length"
+
+
+def test_edge_48_finished_rows_neither_count_nor_write() -> None:
+    """The model sees each token of each row once, at its position, the row's last token excepted, and no other."""
+    cases = [case([7, EOS]), case([THINK, 7], thinking_budget=1), case(max_new_tokens=1), case(prompt=(*OPEN, 1, 2))]
+    state = _begin(*pack(cases), UNLIMITED, write=WRITE)
+    assert len({len(result.token_ids) for result in _results(state)[: len(cases)]}) >= 3
+    for i, (each, result) in enumerate(zip(cases, _results(state)[: len(cases)], strict=True)):
+        sequence = [*each.request.prompt_ids, *result.token_ids][:-1]
+        times = np.asarray(state.cache["times"])[i]
+        assert times.tolist() == [1] * len(sequence) + [0] * (len(times) - len(sequence))
+        assert np.asarray(state.cache["seen"])[i, : len(sequence)].tolist() == sequence
+        for buffer in (state.tokens_BM, state.logprobs_BM, state.forced_BM):
+            assert not np.asarray(buffer)[i, len(result.token_ids) :].any()
+    assert_as_reference(cases, _results(state)[: len(cases)])
+
+
+# Usage, streaming, program -------------------------------------------------------------------------------------------
+
+
+def test_edge_54_the_three_counts_and_the_markers_sum_to_the_length() -> None:
+    """For rows without tool calls; each sampled marker is in no count, each forced one among the injected."""
+    cases = [
+        case([THINK, 3, 4, END, 5, END, EOS]),
+        case([THINK, 3, 4, 5], thinking_budget=2),
+        case([THINK, END, EOS], thinking_budget=2),
+        case([7, END, EOS], thinking_budget=2),
+        case([5, EOS], thinking=False, prompt=(*PROMPT,)),
+        case([3, END], prompt=OPEN),
+        case([THINK, THINK, END]),
+    ]
+    sampled_markers = [2, 1, 2, 0, 0, 1, 2]
+    for result, markers in zip(run(cases), sampled_markers, strict=True):
+        counts = result.thinking_tokens + result.injected_tokens + result.answer_tokens
+        assert counts + markers == len(result.token_ids) == len(result.forced) == len(result.logprobs)
+
+
+def test_edge_55_a_thought_that_the_prompt_opened_is_counted() -> None:
+    assert run_one([7, 8, END, 9], prompt=OPEN).thinking_tokens == 2
+    assert run_one([7, 8, END, 9], prompt=(*OPEN, 3)).thinking_tokens == 3
+
+
+def test_edge_56_each_way_a_thought_ends_is_told_apart() -> None:
+    cases = {
+        "natural": case([THINK, 7, END]),
+        "budget": case([THINK, 7, 8], thinking_budget=1),
+        "off": case(thinking=False),
+        "none": case([7]),
+        "eos": case([THINK, 7, EOS]),
+        "length": case([THINK, 7]),
+    }
+    assert [result.thinking_end for result in run(list(cases.values()))] == list(cases)
+
+
+def test_edge_57_a_closed_empty_block_in_the_prompt_is_answering() -> None:
+    """Though nobody said `thinking=False`: no cut, and `<think>` cannot open another."""
+    for fields in ({}, {"thinking_budget": 1}, {"thinking": False}, {"thinking_budget": 0}):
+        result = run_one([THINK, 7, 8, EOS], prompt=(*PROMPT, *BLOCK), **fields)
+        assert result.token_ids == [0, 7, 8, EOS]
+        assert (result.injected_tokens, result.answer_tokens, result.thinking_end) == (0, 4, "off")
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7])
+def test_edge_60_leaving_and_entering_the_loop_preserves_everything(steps: int) -> None:
+    cases = [
+        Case(Request(PROMPT, thinking_budget=b, max_new_tokens=WRITE, temperature=b % 2, seed=b), random_table(b))
+        for b in range(ROWS)
+    ]
+    prompts, rows, states, table = pack(cases)
+    state = _begin(prompts, rows, states, table, np.int32(steps), write=WRITE)
+    entered = 1
+    while state.budget.active_B.any():
+        state = _go_on(state, rows, np.int32(steps))
+        entered += 1
+    assert entered > 3
+    assert _results(state) == run(cases)
+
+
+def test_edge_61_no_value_of_any_row_recompiles() -> None:
+    run([case()])
+    before = len(traces)
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        stop = (*rng.integers(0, 14, 1 + i).tolist(), END)
+        fields = {
+            "thinking_budget": i - 1,
+            "temperature": i / 3,
+            "top_k": i,
+            "top_p": 1 - i / 9,
+            "seed": i,
+            "sample": i,
+        }
+        run([case(prompt=(*[1] * i, *PROMPT), stop=stop, max_new_tokens=40 - i, answer_reserve=i, **fields)])
+    assert len(traces) == before

@@ -1,0 +1,231 @@
+"""ModelConfig: published sizes, both spellings of config.json, and every refusal by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from transformers import Qwen3Config, Qwen3MoeConfig
+
+from qwen3_jax.config import ModelConfig, RopeScaling, presets_dir
+from qwen3_jax.model import Qwen3
+
+# Published sizes: weights, key-value cache bytes per token in bfloat16.
+PUBLISHED = {
+    "qwen3-0.6b": (596_049_920, 114_688),
+    "qwen3-1.7b": (1_720_574_976, 114_688),
+    "qwen3-4b": (4_022_468_096, 147_456),
+    "qwen3-8b": (8_190_735_360, 147_456),
+    "qwen3-14b": (14_768_307_200, 163_840),
+    "qwen3-32b": (32_762_123_264, 262_144),
+    "qwen3-30b-a3b": (30_532_122_624, 98_304),
+    "qwen3-235b-a22b": (235_093_634_560, 192_512),
+}
+DENSE, MOE = ModelConfig.preset("qwen3-0.6b"), ModelConfig.preset("qwen3-30b-a3b")
+YARN = RopeScaling(factor=4.0, original_max_position_embeddings=32_768)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name: str) -> None:
+    """The formula, the weights that `init` would make, and the published figure are the same number."""
+    config = ModelConfig.preset(name)
+    weights, cache_bytes = PUBLISHED[name]
+    assert config.num_params == weights
+    shapes = jax.eval_shape(Qwen3(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == weights
+    assert 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim == cache_bytes
+    assert config.vocab_size == 151_936
+    assert config.head_dim == 128
+    assert config.rope_theta == 1e6
+    assert config.max_position_embeddings == 40_960
+    assert config.norm_topk_prob
+
+
+def test_active_parameters() -> None:
+    assert round(MOE.num_active_params / 1e9, 2) == 3.35
+    assert round(ModelConfig.preset("qwen3-235b-a22b").num_active_params / 1e9, 2) == 22.19
+    assert DENSE.num_active_params == DENSE.num_params
+
+
+@pytest.mark.parametrize("path", sorted(presets_dir().glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_loads(path: Path) -> None:
+    config = ModelConfig.preset(path.stem)
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_the_released_sizes_are_all_there() -> None:
+    assert PUBLISHED.keys() <= {path.stem for path in presets_dir().glob("*.yaml")}
+
+
+def test_unknown_preset_names_the_known() -> None:
+    with pytest.raises(ValueError, match=r"model preset: 'qwen3-7b' is unknown; one of .*qwen3-8b.* fits"):
+        ModelConfig.preset("qwen3-7b")
+
+
+VARIANTS = {
+    "dense": DENSE,
+    "dense, YaRN": dataclasses.replace(DENSE, rope_scaling=YARN, max_position_embeddings=131_072),
+    "moe": MOE,
+    "moe, mixed": dataclasses.replace(MOE, decoder_sparse_step=2, mlp_only_layers=(1, 5), norm_topk_prob=False),
+    "moe, YaRN": dataclasses.replace(
+        MOE, rope_scaling=dataclasses.replace(YARN, attention_factor=1.2, beta_fast=24.0, beta_slow=2.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_round_trip(name: str, tmp_path: Path) -> None:
+    """Through the released spelling, through a file, and through transformers 5, which renames and adds keys."""
+    config = VARIANTS[name]
+    raw = config.to_hf()
+    assert ModelConfig.from_hf(raw) == config
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    assert ModelConfig.from_hf(tmp_path) == ModelConfig.from_hf(tmp_path / "config.json") == config
+
+    hf = (Qwen3MoeConfig if config.num_experts else Qwen3Config)(**raw)
+    hf.dtype = "bfloat16"
+    newer = hf.to_dict()
+    assert "rope_parameters" in newer
+    assert "rope_theta" not in newer
+    assert newer["dtype"] == "bfloat16"
+    assert ("num_local_experts" in newer) == (config.num_experts > 0)
+    assert ModelConfig.from_hf(newer) == config
+    hf.save_pretrained(tmp_path / "saved")
+    assert ModelConfig.from_hf(tmp_path / "saved") == config
+
+
+def test_released_file() -> None:
+    """The keys of a released Qwen3-0.6B config.json, as published."""
+    released = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "initializer_range": 0.02,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "model_type": "qwen3",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    }
+    assert ModelConfig.from_hf(released) == DENSE
+
+
+def test_older_rope_spelling() -> None:
+    """`type` for `rope_type`, as older cards write it."""
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    assert ModelConfig.from_hf({**DENSE.to_hf(), "rope_scaling": scaling}).rope_scaling == YARN
+    plain = {**DENSE.to_hf(), "rope_scaling": {"rope_type": "default"}}
+    assert ModelConfig.from_hf(plain) == DENSE
+
+
+def test_list_of_one_eos() -> None:
+    assert ModelConfig.from_hf({**DENSE.to_hf(), "eos_token_id": [151645]}).eos_token_id == 151645
+
+
+YARN_HF = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "linear": ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, r"rope_scaling\.rope_type: 'linear'"),
+    "dynamic": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"rope_scaling\.rope_type: 'dynamic'"),
+    "llama3": (
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}},
+        r"rope_parameters\.rope_type: 'llama3'",
+    ),
+    "yarn, no factor": ({"rope_scaling": {k: v for k, v in YARN_HF.items() if k != "factor"}}, "YaRN needs factor"),
+    "yarn, null factor": ({"rope_scaling": {**YARN_HF, "factor": None}}, "YaRN needs factor"),
+    "yarn, no length": ({"rope_scaling": {"type": "yarn", "factor": 4}}, "original_max_position_embeddings"),
+    "yarn, mscale": ({"rope_scaling": {**YARN_HF, "mscale": 0.7}}, "rope_scaling: mscale not supported"),
+    "yarn, factor < 1": ({"rope_scaling": {**YARN_HF, "factor": 0.5}}, r"rope_scaling\.factor: 0\.5"),
+    "sliding window": ({"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window: True"),
+    "sliding layers": ({"layer_types": ["sliding_attention"] * 28}, "layer_types: .*'full_attention' fits"),
+    "attention_bias": ({"attention_bias": True}, "attention_bias: True"),
+    "attention_dropout": ({"attention_dropout": 0.1}, r"attention_dropout: 0\.1"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
+    "unknown key": ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size not supported"),
+    "two eos": ({"eos_token_id": [151645, 151643]}, r"eos_token_id: \[151645, 151643\]; one id fits"),
+    "experts in a dense model": (
+        {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+        r"config\.json: moe_intermediate_size, num_experts, num_experts_per_tok not supported",
+    ),
+}
+REFUSED |= {
+    f"model_type {kind}": ({"model_type": kind}, f"model_type: {kind!r} is not supported")
+    for kind in ("qwen2", "qwen3_5", "qwen3_5_moe", "qwen3_next", "qwen3_vl", "llama", None)
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_from_hf_refuses(case: str) -> None:
+    changes, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf({**DENSE.to_hf(), **changes})
+
+
+REQUIRED = """vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    intermediate_size max_position_embeddings rope_theta rms_norm_eps tie_word_embeddings num_experts
+    num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step mlp_only_layers""".split()
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_missing_key_is_named(key: str) -> None:
+    """Never filled in: transformers' class defaults are not Qwen3's values."""
+    raw = MOE.to_hf()
+    del raw[key]
+    with pytest.raises(ValueError, match=rf"config\.json: {key} missing"):
+        ModelConfig.from_hf(raw)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"does not exist; a directory with a config\.json fits"):
+        ModelConfig.from_hf(tmp_path)
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        ModelConfig.from_hf(tmp_path)
+
+
+INVALID: dict[str, tuple[dict[str, Any], str]] = {
+    "zero": ({"hidden_size": 0}, "hidden_size: 0; a number > 0 fits"),
+    "negative": ({"vocab_size": -1}, "vocab_size: -1; a number > 0 fits"),
+    "heads": ({"num_key_value_heads": 3}, r"num_key_value_heads: 3 does not divide num_attention_heads \(32\)"),
+    "odd head": ({"head_dim": 127}, "head_dim: 127 is odd"),
+    "top k": ({"num_experts_per_tok": 129}, r"num_experts_per_tok: 129; at most num_experts \(128\) fits"),
+    "no expert width": ({"moe_intermediate_size": 0}, "moe_intermediate_size: 0; a number > 0 fits"),
+    "sparse step": ({"decoder_sparse_step": 0}, "decoder_sparse_step: 0"),
+}
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_values(case: str) -> None:
+    changes, message = INVALID[case]
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(MOE, **changes)
+
+
+def test_layer_runs() -> None:
+    config = dataclasses.replace(MOE, num_hidden_layers=6, mlp_only_layers=(2,))
+    assert [config.is_moe_layer(i) for i in range(6)] == [True, True, False, True, True, True]
+    assert config.layer_runs == ((0, 2), (2, 3), (3, 6))
+    alternating = dataclasses.replace(MOE, num_hidden_layers=4, decoder_sparse_step=2)
+    assert [alternating.is_moe_layer(i) for i in range(4)] == [False, True, False, True]
+    assert DENSE.layer_runs == ((0, 28),)

@@ -1,0 +1,256 @@
+"""Routing, dispatch with capacity, and the load-balancing loss, by literal matrices and plain numpy."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen3_jax.ops.loss import load_balance_loss
+from qwen3_jax.ops.moe import dispatch_mask, expert_capacity, moe_capacity, moe_exact, route
+
+EXPERTS, TOP_K, WIDTH, HIDDEN = 4, 2, 8, 6
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def expert_weights() -> tuple[jax.Array, ...]:
+    gate, up = normal(EXPERTS, HIDDEN, WIDTH, seed=1), normal(EXPERTS, HIDDEN, WIDTH, seed=2)
+    return tuple(map(jnp.asarray, (gate, up, normal(EXPERTS, WIDTH, HIDDEN, seed=3))))
+
+
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_route(norm_topk_prob: bool) -> None:
+    """Softmax over all four experts, then the two largest; the third token is padding."""
+    probs = np.array([[[0.1, 0.2, 0.3, 0.4], [0.5, 0.05, 0.25, 0.2], [0.7, 0.1, 0.1, 0.1]]], np.float32)
+    valid = jnp.array([[True, True, False]])
+    gates, chosen, stats = route(jnp.log(probs) + 3.0, TOP_K, norm_topk_prob, valid)
+    expected = np.array([[[0, 0, 0.3, 0.4], [0.5, 0, 0.25, 0], [0, 0, 0, 0]]], np.float32)
+    if norm_topk_prob:
+        expected /= np.array([0.7, 0.75, 1])[:, None].astype(np.float32)
+    chex.assert_trees_all_close(gates, expected, atol=1e-6)
+    chex.assert_trees_all_equal(chosen, expected > 0)
+    chex.assert_trees_all_close(stats.counts_E, np.array([1.0, 0, 2, 1], np.float32))
+    chex.assert_trees_all_close(stats.prob_sum_E, np.array([0.6, 0.25, 0.55, 0.6], np.float32), atol=1e-6)
+    assert float(stats.tokens) == 2
+    assert float(stats.dropped) == 0
+    entropy = -(probs[:, :2] * np.log(probs[:, :2])).sum()
+    assert float(stats.entropy_sum) == pytest.approx(entropy, abs=1e-5)
+
+
+def test_dispatch_mask_by_eye() -> None:
+    """Six tokens in one group, three experts with two places each. Expert 0 is asked for four times: tokens 0 and 2
+    come first, 3 and 5 are dropped."""
+    chosen = jnp.array([[1, 1, 0], [0, 1, 1], [1, 0, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]], bool)[None]
+    expected = np.array(
+        [
+            # expert 0   expert 1   expert 2
+            [[1, 0], [1, 0], [0, 0]],
+            [[0, 0], [0, 1], [1, 0]],
+            [[0, 1], [0, 0], [0, 1]],
+            [[0, 0], [0, 0], [0, 0]],  # dropped by expert 0
+            [[0, 0], [0, 0], [0, 0]],  # padding
+            [[0, 0], [0, 0], [0, 0]],  # dropped by experts 0 and 1
+        ],
+        bool,
+    )
+    chex.assert_trees_all_equal(dispatch_mask(chosen, 2)[0], expected)
+
+
+def test_places_are_per_group() -> None:
+    """The same six tokens in two groups of three: each group has its own two places, so only token 5 loses none."""
+    chosen = jnp.array([[1, 1, 0], [0, 1, 1], [1, 0, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]], bool).reshape(2, 3, 3)
+    expected = np.array(
+        [
+            [[[1, 0], [1, 0], [0, 0]], [[0, 0], [0, 1], [1, 0]], [[0, 1], [0, 0], [0, 1]]],
+            [[[1, 0], [0, 0], [0, 0]], [[0, 0], [0, 0], [0, 0]], [[0, 1], [1, 0], [0, 0]]],
+        ],
+        bool,
+    )
+    chex.assert_trees_all_equal(dispatch_mask(chosen, 2), expected)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "factor", "places"),
+    [(256, 1.0, 16), (256, 1.25, 20), (256, 1.01, 17), (8, 1.0, 1), (1, 1.0, 1), (8, 100.0, 8)],
+)
+def test_expert_capacity(group_size: int, factor: float, places: int) -> None:
+    """128 experts, 8 per token: ceil(S / 16 * factor), never more than the group has tokens."""
+    assert expert_capacity(group_size, 128, 8, factor) == places
+
+
+def routed(length: int, valid: np.ndarray | None = None, seed: int = 0) -> tuple[jax.Array, ...]:
+    """Two rows of tokens, their gates and choices, skewed so that expert 0 is overrun."""
+    logits = normal(2, length, EXPERTS, seed=seed) + np.array([2.0, 0.5, 0, 0], np.float32)
+    valid = np.ones((2, length), bool) if valid is None else valid
+    gates, chosen, _ = route(jnp.asarray(logits), TOP_K, True, jnp.asarray(valid))
+    return jnp.asarray(normal(2, length, WIDTH, seed=seed + 1)), gates, chosen
+
+
+def plain_moe(x: np.ndarray, gates: np.ndarray, chosen: np.ndarray, capacity: int, group_size: int) -> tuple:
+    """The same mathematics in loops: `(output, dropped)`."""
+    gate, up, down = (np.asarray(w, np.float64) for w in expert_weights())
+    out, dropped = np.zeros(x.shape), 0
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            if t % group_size == 0:
+                taken = np.zeros(EXPERTS, int)
+            for e in range(EXPERTS):
+                if not chosen[b, t, e]:
+                    continue
+                if taken[e] == capacity:
+                    dropped += 1
+                    continue
+                taken[e] += 1
+                a = gate[e] @ x[b, t]
+                out[b, t] += gates[b, t, e] * (down[e] @ (a / (1 + np.exp(-a)) * (up[e] @ x[b, t])))
+    return out, dropped
+
+
+@pytest.mark.parametrize(("capacity", "group_size"), [(2, 4), (3, 8), (8, 8), (5, 16)])
+def test_capacity_mode_against_loops(capacity: int, group_size: int) -> None:
+    x, gates, chosen = routed(16)
+    out, dropped = moe_capacity(x, gates, chosen, expert_weights(), capacity=capacity, group_size=group_size)
+    expected, expected_dropped = plain_moe(*map(np.asarray, (x, gates, chosen)), capacity, group_size)
+    assert float(dropped) == expected_dropped
+    assert (expected_dropped == 0) == (capacity == group_size)
+    chex.assert_trees_all_close(out, expected.astype(np.float32), rtol=1e-5, atol=1e-5)
+
+
+def test_exact_mode_against_loops() -> None:
+    x, gates, chosen = routed(16)
+    expected, _ = plain_moe(*map(np.asarray, (x, gates, chosen)), capacity=16, group_size=16)
+    chex.assert_trees_all_close(
+        moe_exact(x, gates, expert_weights()), expected.astype(np.float32), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_gradients_agree_when_nothing_is_dropped() -> None:
+    """With respect to tokens, gates and every expert's weights."""
+    x, gates, chosen = routed(8)
+    wanted = jnp.asarray(normal(*x.shape, seed=9))
+
+    def capacity(x: jax.Array, gates: jax.Array, experts: tuple) -> jax.Array:
+        return (moe_capacity(x, gates, chosen, experts, capacity=8, group_size=8)[0] * wanted).sum()
+
+    def exact(x: jax.Array, gates: jax.Array, experts: tuple) -> jax.Array:
+        return (moe_exact(x, gates, experts) * wanted).sum()
+
+    # Gates of experts that were not chosen are constants of the model; only the exact mode would see a change.
+    grads = [jax.jit(jax.grad(f, argnums=(0, 1, 2)))(x, gates, expert_weights()) for f in (capacity, exact)]
+    grads = [(gx, jnp.where(chosen, gg, 0), ge) for gx, gg, ge in grads]
+    chex.assert_trees_all_close(*grads, rtol=1e-5, atol=1e-5)
+
+
+def test_capacity_mode_is_causal() -> None:
+    """Whether a token is dropped depends on earlier tokens only: new tokens (other routes included) from place 9 on
+    leave the outputs before it as they were, bit for bit, though experts are overrun on both sides."""
+    x, gates, chosen = routed(16)
+    other_x, other_gates, other_chosen = routed(16, seed=50)
+    now = jnp.arange(16)[None, :, None] < 9
+    outs = []
+    for later in ((x, gates, chosen), (other_x, other_gates, other_chosen)):
+        mixed = [jnp.where(now, a, b) for a, b in zip((x, gates, chosen), later, strict=True)]
+        out, dropped = moe_capacity(*mixed, expert_weights(), capacity=5, group_size=16)
+        assert dropped > 0
+        outs.append(out)
+    chex.assert_trees_all_equal(outs[0][:, :9], outs[1][:, :9])
+    assert not np.allclose(outs[0][:, 9:], outs[1][:, 9:])
+
+
+def test_padding_takes_no_place() -> None:
+    """Padding before the tokens changes neither which of them are dropped nor their outputs."""
+    x, gates, chosen = routed(12)
+    pad = [(0, 0), (4, 0), (0, 0)]
+    valid = np.arange(16)[None] >= 4
+    # What stands at the padding would all go to expert 0 if it were routed.
+    logits = jnp.pad(jnp.log(jnp.maximum(gates, 1e-6)), pad, constant_values=0).at[:, :4, 0].set(50.0)
+    padded_gates, padded_chosen, stats = route(logits, TOP_K, True, jnp.asarray(np.broadcast_to(valid, (2, 16))))
+    chex.assert_trees_all_equal(padded_chosen[:, 4:], chosen)
+    assert not padded_chosen[:, :4].any()
+    assert float(stats.tokens) == 24
+    assert float(stats.counts_E.sum()) == 48
+    weights = expert_weights()
+    out, dropped = moe_capacity(x, gates, chosen, weights, capacity=5, group_size=12)
+    padded_x = jnp.pad(x, pad, constant_values=7.0)
+    padded_out, padded_dropped = moe_capacity(padded_x, padded_gates, padded_chosen, weights, capacity=5, group_size=16)
+    assert float(dropped) == float(padded_dropped) > 0
+    chex.assert_trees_all_close(padded_out[:, 4:], out, rtol=1e-5, atol=1e-5)
+    assert not padded_out[:, :4].any()
+
+
+def plain_balance_loss(counts: np.ndarray, prob_sum: np.ndarray, tokens: np.ndarray) -> float:
+    """E * sum_i f_i p_i per layer, then the mean over layers."""
+    losses = []
+    for layer in range(len(counts)):
+        share = counts[layer] / counts[layer].sum()
+        losses.append(counts.shape[1] * (share * prob_sum[layer] / tokens[layer]).sum())
+    return float(np.mean(losses))
+
+
+def balance_inputs(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sums as a batch of 40 tokens over 3 layers would give them."""
+    generator = np.random.default_rng(seed)
+    probs = generator.dirichlet(np.full(EXPERTS, 0.5), size=(3, 40)).astype(np.float32)
+    counts = (np.argsort(np.argsort(-probs, axis=-1), axis=-1) < TOP_K).sum(axis=1).astype(np.float32)
+    return counts, probs.sum(axis=1), np.full(3, 40, np.float32)
+
+
+def test_balance_loss_formula() -> None:
+    counts, prob_sum, tokens = balance_inputs()
+    loss = float(load_balance_loss(counts, prob_sum, tokens))
+    assert loss == pytest.approx(plain_balance_loss(counts, prob_sum, tokens), rel=1e-6)
+    assert loss > 1.01
+
+
+def test_balance_loss_is_one_when_balanced_and_e_when_collapsed() -> None:
+    tokens = jnp.full(2, 40.0)
+    even = jnp.full((2, EXPERTS), 20.0)
+    assert float(load_balance_loss(even, even / 2, tokens)) == pytest.approx(1.0)
+    one = jnp.zeros((2, EXPERTS)).at[:, 1].set(40.0)
+    assert float(load_balance_loss(one, one, tokens)) == pytest.approx(EXPERTS)
+    assert float(load_balance_loss(0 * one, 0 * one, 0 * tokens)) == 0, "an empty batch is no NaN"
+
+
+def test_balance_loss_gradient_flows_through_the_probabilities_only() -> None:
+    """d/d prob_sum = E f_i / (T L); nothing from the counts."""
+    counts, prob_sum, tokens = balance_inputs()
+    by_counts, by_probs = jax.grad(load_balance_loss, argnums=(0, 1))(*map(jnp.asarray, (counts, prob_sum, tokens)))
+    assert not by_counts.any()
+    expected = EXPERTS * counts / counts.sum(axis=1, keepdims=True) / 40 / 3
+    chex.assert_trees_all_close(by_probs, expected, rtol=1e-5)
+
+
+def test_global_batch_differs_from_the_mean_of_micro_batches() -> None:
+    """Counts over the whole step with the probabilities of one micro-batch at a time: the mean is the loss of the
+    whole batch, exactly, because the loss is linear in them. The mean of separate losses is something else."""
+    a, b = balance_inputs(1), balance_inputs(2)
+    whole = [x + y for x, y in zip(a, b, strict=True)]
+    together = float(load_balance_loss(*whole))
+    with_global_counts = np.mean([float(load_balance_loss(whole[0], part[1], part[2])) for part in (a, b)])
+    apart = np.mean([float(load_balance_loss(*part)) for part in (a, b)])
+    assert with_global_counts == pytest.approx(together, rel=1e-6)
+    assert abs(apart - together) > 1e-3
+
+
+def test_route_gradient_reaches_the_router_through_prob_sum() -> None:
+    """The loss of `route`'s own statistics, differentiated through the logits, equals the closed form."""
+    logits = jnp.asarray(normal(2, 6, EXPERTS))
+    valid = jnp.ones((2, 6), bool).at[1, 4:].set(False)
+
+    def loss(logits: jax.Array) -> jax.Array:
+        stats = route(logits, TOP_K, True, valid)[2]
+        return load_balance_loss(stats.counts_E[None], stats.prob_sum_E[None], stats.tokens[None])
+
+    grad = np.asarray(jax.grad(loss)(logits))
+    probs = np.asarray(jax.nn.softmax(logits))
+    counts = np.asarray(route(logits, TOP_K, True, valid)[2].counts_E)
+    share = counts / counts.sum()
+    expected = EXPERTS / 10 * probs * (share - (probs * share).sum(axis=-1, keepdims=True))
+    expected = np.where(np.asarray(valid)[..., None], expected, 0)
+    chex.assert_trees_all_close(grad, expected.astype(np.float32), atol=1e-6)
+    assert np.abs(grad).max() > 1e-3

@@ -1,0 +1,221 @@
+"""Training: what a step computes, that runs resume exactly, and that the mesh does not change the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import yaml
+from flax import linen as nn
+
+from qwen3_jax.config import ModelConfig
+from qwen3_jax.data.arithmetic import write_dataset
+from qwen3_jax.model import Qwen3
+from qwen3_jax.train.flops import train_flops_per_token
+from qwen3_jax.train.metrics import MetricsLog
+from qwen3_jax.train.step import TrainState, make_train_step
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ModelConfig(
+    vocab_size=512,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=64,
+    max_position_embeddings=128,
+    rope_theta=1e4,
+    tie_word_embeddings=True,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    router_aux_loss_coef=0.1,
+)
+
+
+def make_batch(rows: int, length: int = 32) -> dict[str, jax.Array]:
+    """Packed rows: two segments, padding at the end, and loss on some tokens only, unevenly over the rows."""
+    rng = np.random.default_rng(0)
+    segments = np.repeat([[1, 2, 0]], rows, axis=0).repeat([12, 16, 4], axis=1)
+    positions = np.concatenate([np.arange(12), np.arange(16), np.arange(4)])[None].repeat(rows, axis=0)
+    weights = (rng.random((rows, length)) < np.linspace(0.1, 0.9, rows)[:, None]) * (segments > 0)
+    return {
+        "tokens": jnp.array(rng.integers(0, 512, (rows, length)), jnp.int32),
+        "targets": jnp.array(rng.integers(0, 512, (rows, length)), jnp.int32),
+        "segment_ids": jnp.array(segments, jnp.int32),
+        "positions": jnp.array(positions, jnp.int32),
+        "loss_weights": jnp.array(weights, jnp.float32),
+    }
+
+
+def one_step(accumulation: int, capacity_factor: float | None = 1.0) -> tuple[TrainState, dict[str, Any]]:
+    """One step of plain gradient descent, so that the update is the gradient."""
+    model = Qwen3(CONFIG, capacity_factor=capacity_factor, group_size=16)
+    params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 16), jnp.int32)))["params"]
+    optimizer = optax.sgd(1.0)
+    state = TrainState(params, optimizer.init(params))
+    step = jax.jit(make_train_step(model, optimizer, accumulation))
+    return step(state, make_batch(8))
+
+
+@pytest.mark.parametrize("accumulation", [2, 4, 8])
+def test_accumulation_changes_nothing(accumulation: int) -> None:
+    """The loss weighs tokens, not micro-batches, and the experts are balanced over the whole batch: the rows differ in
+    weight and routing, so a mean of micro-batch means, or of their balance losses, would be off by per cents."""
+    whole, whole_metrics = one_step(1)
+    split, split_metrics = one_step(accumulation)
+    chex.assert_trees_all_close(split.params, whole.params, atol=1e-6)
+    chex.assert_trees_all_close(split_metrics, whole_metrics, rtol=1e-4, atol=1e-6)
+
+
+def test_the_balance_loss_is_in_the_gradient() -> None:
+    with_balance, _ = one_step(1)
+    model = Qwen3(dataclasses.replace(CONFIG, router_aux_loss_coef=0.0), capacity_factor=1.0, group_size=16)
+    params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 16), jnp.int32)))["params"]
+    optimizer = optax.sgd(1.0)
+    without, _ = make_train_step(model, optimizer, 1)(TrainState(params, optimizer.init(params)), make_batch(8))
+    router = with_balance.params["layers_0_2"]["mlp"]["router"] - without.params["layers_0_2"]["mlp"]["router"]
+    assert float(jnp.abs(router).max()) > 1e-5
+
+
+def test_router_series_are_reported_per_layer() -> None:
+    _, metrics = one_step(1)
+    for name in ("dropped", "entropy", "load_max", "load_min"):
+        chex.assert_shape(metrics[f"router/{name}"], (2,))
+    assert (metrics["router/dropped"] > 0).all()
+    assert (metrics["router/load_max"] >= 1).all()
+    assert (metrics["router/load_min"] <= 1).all()
+    _, exact = one_step(1, capacity_factor=None)
+    assert (exact["router/dropped"] == 0).all()
+
+
+def test_flops_of_a_known_model() -> None:
+    """Qwen3-0.6B at 4096 tokens: 6 * 596 M for its (tied) matmuls, 6 * 28 * 2048 * 4096 for causal attention."""
+    config = ModelConfig.preset("qwen3-0.6b")
+    assert train_flops_per_token(config, 4096) == 6 * 596_049_920 + 6 * 28 * 2048 * 4096
+
+
+def test_metrics_beyond_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": float(step), "router/dropped": [0.0, 0.5]})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # cut by a crash
+    log = MetricsLog(tmp_path, 2)
+    log.write(3, {"loss": 30.0})
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+# Runs of train.py itself.
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run: 6 steps, a checkpoint every 3."""
+    directory = tmp_path_factory.mktemp("run")
+    write_dataset(directory / "data", 400, seed=0, vocab_size=512)
+    fields = {
+        "model": {k: v for k, v in dataclasses.asdict(CONFIG).items() if v is not None and k != "mlp_only_layers"},
+        "data": {
+            "paths": [str(directory / "data" / "train.jsonl")],
+            "tokenizer": str(directory / "data"),
+            "sequence_length": 64,
+            "batch_size": 8,
+        },
+        "optimizer": {"learning_rate": 0.01, "warmup_steps": 2},
+        "compute": {"dtype": "float32", "capacity_factor": 1.25, "group_size": 32, "remat": True},
+        "output_dir": str(directory / "out"),
+        "steps": 6,
+        "checkpoint_every": 3,
+        "log_every": 1,
+    }
+    path = directory / "run.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+def run_train(path: Path, *overrides: str, devices: int = 1) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(ROOT / "train.py"), str(path), *overrides]
+    return subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def metrics_of(directory: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["tokens_per_second"], line["mfu"]
+    return lines
+
+
+def test_train_py_runs_resumes_exactly_and_is_the_same_on_eight_devices(run_file: Path, tmp_path: Path) -> None:
+    """A run cut after its third step goes on to bit-identical numbers; eight devices give the same up to rounding."""
+    whole, cut, eight = tmp_path / "whole", tmp_path / "cut", tmp_path / "eight"
+    done = run_train(run_file, "--output_dir", str(whole))
+    assert done.returncode == 0, done.stderr
+    assert "trained to step 6" in done.stdout
+    series = metrics_of(whole)
+    assert [line["step"] for line in series] == [1, 2, 3, 4, 5, 6]
+    assert series[-1]["loss"] < series[0]["loss"]
+
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "6")
+    resumed = run_train(run_file, "--output_dir", str(cut))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "from step 3" in resumed.stdout
+    assert metrics_of(cut) == series
+
+    spread = run_train(run_file, "--output_dir", str(eight), "--mesh.fsdp", "2", "--mesh.expert", "4", devices=8)
+    assert spread.returncode == 0, spread.stderr
+    for one, many in zip(series, metrics_of(eight), strict=True):
+        assert many["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert many["router/load_max"] == pytest.approx(one["router/load_max"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["--optimizer.learning_rte", "0.1"],
+            "--optimizer.learning_rte: no such key; did you mean --optimizer.learning_rate?",
+        ),
+        (["--steps", "many"], "`steps`: Couldn't parse 'many' into an int"),
+        (["--mesh.tensor", "3"], "mesh.fsdp: -1, but the other axes (3) do not divide 1 devices"),
+        (["--accumulation", "3"], "accumulation: 3 does not divide data.batch_size (8); a divisor fits"),
+        (
+            ["--data.sequence_length", "256"],
+            "data.sequence_length: 256; at most model.max_position_embeddings (128) fits",
+        ),
+    ],
+)
+def test_bad_configuration_is_one_line_and_exit_code_2(run_file: Path, overrides: list[str], message: str) -> None:
+    done = run_train(run_file, *overrides)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.strip()]) == 1
+
+
+def test_a_step_that_is_not_finite_stops_the_run_and_is_named(run_file: Path, tmp_path: Path) -> None:
+    done = run_train(
+        run_file, "--output_dir", str(tmp_path), "--optimizer.learning_rate", "1e38", "--optimizer.warmup_steps", "1"
+    )
+    assert done.returncode == 2
+    assert "is nan" in done.stderr
+    assert "error: step " in done.stderr
+    assert not (tmp_path / "checkpoints" / "6").exists()
