@@ -23,6 +23,9 @@ CHAT_MARKERS = (
     *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
 )
 
+# What a checkpoint directory may hold besides weights and config.json; copied along with the weights.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
+
 _SPACE = "\u2581"  # SentencePiece's spelling of a space inside pieces
 
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 
+import grain
+import jax
+import jax.numpy as jnp
 import pytest
 from reference import DENSE, MOE, torch_model, torch_params
 
 from qwen3_jax import hf
+from qwen3_jax.checkpoint import Checkpointer
 from qwen3_jax.cli import convert
 from qwen3_jax.config import ModelConfig
+from sharding import MeshConfig, make_mesh
 
 
 def run(*arguments: str) -> None:
@@ -43,6 +49,34 @@ def test_there_and_back(config: ModelConfig, dtype: str, tmp_path: Path, capsys:
     for path in source.iterdir():
         assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes(), path.name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf", "orbax"]
+
+
+def test_the_newest_step_of_a_training_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Saved from a mesh; 10 comes after 9, and 11 was cut short."""
+    source, run_dir = tmp_path / "hf", tmp_path / "run"
+    hf.save_checkpoint(source, MOE, torch_params(MOE, torch_model(MOE)))
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
+    params = hf.load_checkpoint(source, mesh=mesh, stacked=True)[1]
+    checkpointer = Checkpointer(run_dir / "checkpoints", keep=2)
+    data = iter(grain.MapDataset.range(3).to_iter_dataset())
+    for step, scale in ((8, 3), (9, 2), (10, 1)):
+        checkpointer.save(step, jax.tree.map(lambda x, scale=scale: x * scale, params), {"count": jnp.zeros(())}, data)
+    checkpointer.close()
+    (run_dir / "checkpoints" / "11.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    (run_dir / "config.json").write_text(json.dumps(MOE.to_hf()))
+    (run_dir / "tokenizer.json").write_text("{}")
+    run(str(run_dir), str(tmp_path / "back"))
+    assert f"{run_dir}: step 10\n" in capsys.readouterr().out
+    assert (tmp_path / "back" / "tokenizer.json").is_file()
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes(), name
+
+
+def test_a_training_run_without_a_step(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds no step; a run that has saved one fits"):
+        run(str(tmp_path / "run"), str(tmp_path / "target"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_refusals_leave_nothing(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from qwen3_jax.config import ModelConfig
 
 TIED = dataclasses.replace(DENSE, tie_word_embeddings=True)
 EMBED = "model.embed_tokens.weight"
+UNSOUND = "model.safetensors is no sound safetensors file"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -142,9 +143,7 @@ def test_truncated_data(missing: int, tmp_path: Path) -> None:
     directory = checkpoint(tmp_path)
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-missing])
-    message = refused(directory)
-    assert f"model.safetensors: {file.stat().st_size} bytes" in message
-    assert message.endswith("the file is truncated")
+    assert f"{UNSOUND} (" in refused(directory)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 8, 100])
@@ -152,19 +151,23 @@ def test_truncated_header(kept: int, tmp_path: Path) -> None:
     directory = checkpoint(tmp_path)
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
-    assert refused(directory).endswith("the file is truncated")
+    assert f"{UNSOUND} (" in refused(directory)
 
 
 def test_not_safetensors(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path)
     file = directory / "model.safetensors"
     content = file.read_bytes()
-    file.write_bytes(content + b"\0")
-    assert "bytes that belong to no tensor" in refused(directory)
-    file.write_bytes(content[:8] + b"x" + content[9:])
-    assert "not a safetensors file" in refused(directory)
-    file.write_bytes(content.replace(b'"shape":[96,40]', b'"shape":[96,39]', 1))
-    assert "which is not [96, 39] of F32" in refused(directory)
+    garbled = {
+        "trailing bytes": content + b"\0",
+        "header": content[:8] + b"x" + content[9:],
+        "shape": content.replace(b'"shape":[96,40]', b'"shape":[96,39]', 1),
+        "another format": b"PK\3\4" * 100,
+    }
+    for name, bad in garbled.items():
+        assert bad != content
+        file.write_bytes(bad)
+        assert f"{UNSOUND} (" in refused(directory), name
 
 
 def test_index(tmp_path: Path) -> None:

@@ -16,15 +16,18 @@ from rich.progress import track
 
 from qwen3_jax import hf
 from qwen3_jax.config import ModelConfig
+from qwen3_jax.tokenizer import TOKENIZER_FILES
 
 PARAMS = "params"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
+CHECKPOINTS = "checkpoints"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `qwen3-jax convert`."""
     parser.add_argument(
-        "source", type=Path, help="directory with config.json and *.safetensors, or one written by this"
+        "source",
+        type=Path,
+        help="directory with config.json and *.safetensors, one written by this, or a training run's output_dir",
     )
     parser.add_argument("target", type=Path, help="directory to make")
 
@@ -38,23 +41,24 @@ def convert(source: Path, target: Path) -> None:
     """Converts a checkpoint, bit for bit, and copies the tokenizer's files along.
 
     The Orbax side is a directory with `config.json` and `params`, the stacked weights as a StandardCheckpointer tree.
-    The weights pass through the host's memory, where they are once; `target` appears when all is written.
+    A training run's output directory is read as one, with the weights of its newest checkpoint. The weights pass
+    through the host's memory, where they are once; `target` appears when all is written.
 
     Raises:
-      ValueError: `source` is neither kind of checkpoint or not a sound one, or `target` exists and is not empty.
+      ValueError: `source` is no such checkpoint or not a sound one, or `target` exists and is not empty.
     """
     console = Console()
     # The host holds models that one accelerator does not.
     with hf.new_directory(target) as building, jax.default_device(jax.local_devices(backend="cpu")[0]):
-        if (source / PARAMS).is_dir():
-            config, params = _load_orbax(source)
+        if (orbax := _find_orbax(source, console)) is not None:
+            config, params = ModelConfig.from_hf(source), _load_orbax(orbax)
             hf.save_checkpoint(building, config, params, track=partial(track, description="writing", console=console))
         else:
             config, params = hf.load_checkpoint(
                 source, dtype=None, stacked=True, track=partial(track, description="reading", console=console)
             )
             _save_orbax(building, config, params)
-        for name in _TOKENIZER_FILES:
+        for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, building / name)
         written = sorted((path.name, _size(path)) for path in building.iterdir())
@@ -69,14 +73,25 @@ def _save_orbax(directory: Path, config: ModelConfig, params: dict[str, Any]) ->
         checkpointer.save(directory.absolute() / PARAMS, params)
 
 
-def _load_orbax(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    config = ModelConfig.from_hf(directory)
-    path = directory.absolute() / PARAMS
+def _find_orbax(source: Path, console: Console) -> Path | None:
+    """Where the Orbax weights of `source` lie, a training run's newest ones; None if it has none."""
+    if (source / PARAMS).is_dir():
+        return source / PARAMS
+    if not (source / CHECKPOINTS).is_dir():
+        return None
+    newest = ocp.path.step.latest_step_metadata(source / CHECKPOINTS, ocp.path.step.standard_name_format())
+    if newest is None:
+        raise ValueError(f"source: {str(source / CHECKPOINTS)!r} holds no step; a run that has saved one fits")
+    console.print(f"{source}: step {newest.step}", soft_wrap=True, highlight=False)
+    return Path(newest.path) / PARAMS
+
+
+def _load_orbax(path: Path) -> dict[str, Any]:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    held = ocp.StandardCheckpointHandler().metadata(path.absolute()).tree
+    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), held)
     with ocp.StandardCheckpointer() as checkpointer:
-        held = checkpointer.metadata(path).item_metadata.tree
-        wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), held)
-        return config, checkpointer.restore(path, wanted)
+        return checkpointer.restore(path.absolute(), wanted)
 
 
 def _size(path: Path) -> int:

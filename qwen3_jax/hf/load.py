@@ -31,10 +31,10 @@ def load_checkpoint(
     """Reads `config.json` and the safetensors beside it; all is checked before the first weight is read.
 
     Each process reads the slices that its own devices hold, one after the other: beyond what stays there, host memory
-    holds one device's share of one weight, and briefly the one before it or a tensor's part in it. Accepted are the released names, and experts
-    fused into `mlp.experts.gate_up_proj` and `mlp.experts.down_proj`. `rotary_emb.inv_freq` is ignored; so is
-    `lm_head.weight` of a model with tied embeddings (some released ones have it), after a check that it equals the
-    embedding table.
+    holds one device's share of one weight, and briefly the share before it and one tensor's part in it. Accepted are
+    the released names, and experts fused into `mlp.experts.gate_up_proj` and `mlp.experts.down_proj`.
+    `rotary_emb.inv_freq` is ignored; so is `lm_head.weight` of a model with tied embeddings (some released ones have
+    it), after a check that it equals the embedding table.
 
     Args:
       directory: holds config.json and either model.safetensors or model.safetensors.index.json with its files.

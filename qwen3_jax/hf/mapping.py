@@ -71,7 +71,7 @@ class Leaf:
         return tuple(stop for _, stop in self.tensor_spans(tuple((0, size) for size in self.shape)))
 
     def tensor_spans(self, spans: Spans) -> Spans:
-        """The part of each tensor that makes up the part `spans` of the weight: its heads are merged into rows."""
+        """The part of each tensor that makes up the part `spans` of the weight: heads are rows or columns there."""
         merged: list[tuple[int, int]] = []
         for axis, size, span in list(zip(self.axes, self.shape, spans, strict=True))[self.lead :]:
             if axis == "head_dim":

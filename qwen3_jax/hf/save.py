@@ -49,14 +49,15 @@ def save_checkpoint(
 ) -> None:
     """Writes `config.json` and safetensors under the released names; `directory` appears when all is written.
 
-    The host holds the tensors of one file at a time. With several processes, all must call this, and the first one writes.
+    The host holds the tensors of one file at a time, hence the modest `max_shard_bytes`. With several processes, all
+    must call this, and the first one writes.
 
     Args:
       directory: must not exist, or be empty.
       config: of the model.
       params: its weights in either layout, boxed or plain, sharded or not.
       dtype: of the tensors: float32, bfloat16 or float16; None keeps that of the weights, which must then be one.
-      max_shard_bytes: of tensors in one file, and so of host memory; with more than that in all, there are several files and an index.
+      max_shard_bytes: of tensors in one file; with more than that in all, there are several files and an index.
       track: wraps the sequence of tensors to be written, to show progress.
 
     Raises:
@@ -71,7 +72,11 @@ def save_checkpoint(
     target = param_dtype(kinds.pop() if dtype is None else dtype)
     parts = [Part(name, leaf.tensor_shape, leaf.path, at) for leaf in leaves for at, name in leaf.tensors.items()]
     parts.sort(key=lambda part: [int(word) if word.isdigit() else word for word in part.name.split(".")])
-    tensors = ((part.name, _to_host(flat[part.path], part).astype(target, "C", copy=False)) for part in track(parts))
+    tensors = (
+        # The library writes memory as it lies, so it must lie in C order.
+        (part.name, _to_host(flat[part.path], part.index).reshape(part.shape).astype(target, "C", copy=False))
+        for part in track(parts)
+    )
     if jax.process_index() == 0:
         with new_directory(directory) as partial:
             _write_files(partial, parts, target.itemsize, tensors, max_shard_bytes)
@@ -131,29 +136,28 @@ def _slice(x: jax.Array, index: tuple[jax.Array, ...], sharding: Sharding) -> ja
 def _write_files(
     directory: Path,
     parts: Sequence[Part],
-    dtype: np.dtype[Any],
-    arrays: Iterator[np.ndarray[Any, Any]],
+    itemsize: int,
+    tensors: Iterator[tuple[str, np.ndarray[Any, Any]]],
     max_shard_bytes: int,
 ) -> None:
     """The tensors in as few files as their order and `max_shard_bytes` allow, and the index where that is several."""
-    sizes = [math.prod(part.shape) * dtype.itemsize for part in parts]
-    files: list[dict[str, tuple[int, ...]]] = [{}]
-    room = max_shard_bytes
-    for part, size in zip(parts, sizes, strict=True):
-        if size > room and files[-1]:
-            files.append({})
-            room = max_shard_bytes
-        files[-1][part.name] = part.shape
-        room -= size
-    if len(files) == 1:
-        write_tensors(directory / SINGLE_FILE, files[0], dtype, arrays)
-        return
+    counts, sizes = [0], [0]  # of the tensors in each file
+    for part in parts:
+        size = math.prod(part.shape) * itemsize
+        if counts[-1] and sizes[-1] + size > max_shard_bytes:
+            counts.append(0)
+            sizes.append(0)
+        counts[-1] += 1
+        sizes[-1] += size
     placed: dict[str, str] = {}
-    for number, shapes in enumerate(files, start=1):
-        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        write_tensors(directory / file, shapes, dtype, itertools.islice(arrays, len(shapes)))
-        placed |= dict.fromkeys(shapes, file)
-    _write_json(directory / INDEX_FILE, {"metadata": {"total_size": sum(sizes)}, "weight_map": placed})
+    for number, count in enumerate(counts, start=1):
+        file = SINGLE_FILE if len(counts) == 1 else f"model-{number:05d}-of-{len(counts):05d}.safetensors"
+        held = dict(itertools.islice(tensors, count))
+        save_file(held, directory / file, metadata={"format": "pt"})
+        placed |= dict.fromkeys(held, file)
+        del held  # before the next file's are gathered
+    if len(counts) > 1:
+        _write_json(directory / INDEX_FILE, {"metadata": {"total_size": sum(sizes)}, "weight_map": placed})
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +62,6 @@ def open_tensors(file: Path) -> dict[str, Tensor]:
     try:
         handle = safe_open(file, framework="np")
     except SafetensorError as error:
-        raise ValueError(f"{file.name} is truncated or not a safetensors file ({error})") from None
+        raise ValueError(f"{file.name} is no sound safetensors file ({error})") from None
     sources = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (the handle is no mapping)
     return {name: Tensor(source, source.get_dtype(), tuple(source.get_shape())) for name, source in sources.items()}

@@ -697,6 +697,7 @@ def test_edge_60_leaving_and_entering_the_loop_preserves_everything(steps: int) 
     prompts, rows, states, table = pack(cases)
     state = _begin(prompts, rows, states, table, np.int32(steps), write=WRITE)
     entered = 1
+    assert np.asarray(state.budget.written_B).max() == 1 + steps  # the prefill's token, and one a step
     while state.budget.active_B.any():
         state = _go_on(state, rows, np.int32(steps))
         entered += 1
