@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 @contextmanager
 def decoding_progress(console: Console) -> Iterator[Callable[[int, int, int], None]]:
     """A bar fed by `report(rows done, rows, tokens written)`."""
     columns = (
-        TextColumn("decoded {task.completed:,.0f}/{task.total:,.0f}"),
+        TextColumn("decoded"),
+        MofNCompleteColumn(),
         BarColumn(),
         TextColumn("{task.fields[status]}"),
         TimeElapsedColumn(),

@@ -86,7 +86,7 @@ def make_train_step(
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         router = sums.pop("router", None)
-        metrics = {**sums, "grad_norm": optax.global_norm(grads), **(_router_metrics(router) if router else {})}
+        metrics = {**sums, "grad_norm": optax.tree.norm(grads), **(_router_metrics(router) if router else {})}
         return TrainState(params, optimizer_state), metrics
 
     return step
