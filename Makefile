@@ -22,7 +22,9 @@ lint: $(VENV)/.lint
 tiny: $(VENV)/.run
 	$(BIN)/qwen3-jax tiny-data $(TINY)/data
 	JAX_PLATFORMS=cpu $(BIN)/python train.py configs/tiny/pretrain.yaml
+	rm -rf $(TINY)/model
 	$(BIN)/qwen3-jax convert $(TINY)/pretrain $(TINY)/model
+	$(BIN)/qwen3-jax demo --model $(TINY)/model --plot $(TINY)/budget.png
 
 clean:
 	rm -rf $(VENV) runs

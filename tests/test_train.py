@@ -178,7 +178,7 @@ def test_train_py_runs_resumes_exactly_and_is_the_same_on_eight_devices(run_file
     shutil.rmtree(cut / "checkpoints" / "6")
     resumed = run_train(run_file, "--output_dir", str(cut))
     assert resumed.returncode == 0, resumed.stderr
-    assert "from step 3" in resumed.stdout
+    assert "from step 3" in " ".join(resumed.stdout.split())
     assert metrics_of(cut) == series
 
     spread = run_train(run_file, "--output_dir", str(eight), "--mesh.fsdp", "2", "--mesh.expert", "4", devices=8)

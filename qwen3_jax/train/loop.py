@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from qwen3_jax.checkpoint import Checkpointer
 from qwen3_jax.data import make_loader
 from qwen3_jax.model import Qwen3
 from qwen3_jax.optim import make_optimizer, make_schedule, optimizer_shardings
+from qwen3_jax.tokenizer import TOKENIZER_FILES
 from qwen3_jax.train.config import TrainConfig
 from qwen3_jax.train.flops import peak_flops, train_flops_per_token
 from qwen3_jax.train.metrics import MetricsLog
@@ -59,6 +61,9 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
         flops_per_token = train_flops_per_token(config.model, config.data.sequence_length)
         _announce(config, mesh, start, flops_per_token, peak, peak_source, console)
         (output / "config.json").write_text(json.dumps(config.model.to_hf(), indent=2) + "\n", encoding="utf-8")
+        for name in TOKENIZER_FILES:
+            if (Path(config.data.tokenizer) / name).is_file():
+                shutil.copyfile(Path(config.data.tokenizer) / name, output / name)
         log = MetricsLog(output, start)
         step_fn = jax.jit(make_train_step(model, optimizer, config.accumulation), donate_argnums=0)
         tokens_per_step = config.data.batch_size * config.data.sequence_length
