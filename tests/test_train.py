@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -61,14 +62,18 @@ def make_batch(rows: int, length: int = 32) -> dict[str, jax.Array]:
     }
 
 
-def one_step(accumulation: int, capacity_factor: float | None = 1.0) -> tuple[TrainState, dict[str, Any]]:
+@functools.cache
+def one_step(
+    accumulation: int, capacity_factor: float | None = 1.0, aux_coef: float = CONFIG.router_aux_loss_coef
+) -> tuple[TrainState, dict[str, Any]]:
     """One step of plain gradient descent, so that the update is the gradient."""
-    model = Qwen3(CONFIG, capacity_factor=capacity_factor, group_size=16)
-    params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 16), jnp.int32)))["params"]
+    model = Qwen3(
+        dataclasses.replace(CONFIG, router_aux_loss_coef=aux_coef), capacity_factor=capacity_factor, group_size=16
+    )
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16), jnp.int32)))["params"]
     optimizer = optax.sgd(1.0)
-    state = TrainState(params, optimizer.init(params))
     step = jax.jit(make_train_step(model, optimizer, accumulation))
-    return step(state, make_batch(8))
+    return step(TrainState(params, optimizer.init(params)), make_batch(8))
 
 
 @pytest.mark.parametrize("accumulation", [2, 4, 8])
@@ -82,13 +87,9 @@ def test_accumulation_changes_nothing(accumulation: int) -> None:
 
 
 def test_the_balance_loss_is_in_the_gradient() -> None:
-    with_balance, _ = one_step(1)
-    model = Qwen3(dataclasses.replace(CONFIG, router_aux_loss_coef=0.0), capacity_factor=1.0, group_size=16)
-    params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 16), jnp.int32)))["params"]
-    optimizer = optax.sgd(1.0)
-    without, _ = make_train_step(model, optimizer, 1)(TrainState(params, optimizer.init(params)), make_batch(8))
-    router = with_balance.params["layers_0_2"]["mlp"]["router"] - without.params["layers_0_2"]["mlp"]["router"]
-    assert float(jnp.abs(router).max()) > 1e-5
+    with_balance, without = one_step(1)[0].params, one_step(1, aux_coef=0.0)[0].params
+    moved = with_balance["layers_0_2"]["mlp"]["router"] - without["layers_0_2"]["mlp"]["router"]
+    assert float(jnp.abs(moved).max()) > 1e-5
 
 
 def test_router_series_are_reported_per_layer() -> None:

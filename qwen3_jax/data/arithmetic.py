@@ -23,7 +23,7 @@ _CUPS = 5
 _STOP_SENTENCE = STOP_TEXT.removesuffix("\n</think>\n\n")  # what of it the template takes for a thought
 # Pieces that the tokenizer keeps whole: one token per operation and per value.
 PIECES = (
-    *("user", "assistant", " /think", " /no_think"),
+    *("user", "assistant", " /think", " /no_think", " _"),
     *(f" {value}" for value in range(10)),
     *(f" +{value}" for value in range(1, 10)),
     *(f" *{factor}" for factor in (3, 7, 9)),
@@ -48,6 +48,12 @@ def sum_problem(rng: random.Random) -> Problem:
     return Problem(question, (f"{a}", " plus", f" {b}", " equals", f" {a + b}"), f"{a + b}")
 
 
+def _places(operations: list[str]) -> str:
+    """The operations in MAX_OPERATIONS places, the last ones blank: step k of every thought is then as far from its
+    operation, which a small model learns in minutes rather than hours."""
+    return "".join(operations) + " _" * (MAX_OPERATIONS - len(operations))
+
+
 def digit_chain(rng: random.Random, length: int) -> Problem:
     """`length` additions and multiplications of which only the last digit is kept: affine maps modulo 10."""
     value = start = rng.randrange(10)
@@ -62,7 +68,7 @@ def digit_chain(rng: random.Random, length: int) -> Problem:
             operations.append(f" *{factor}")
             value = value * factor % 10
         steps.append(f" {value}")
-    return Problem(f"Start with {start} and keep the last digit:{''.join(operations)}", tuple(steps), f"{value}")
+    return Problem(f"Start with {start} and keep the last digit:{_places(operations)}", tuple(steps), f"{value}")
 
 
 def cup_chain(rng: random.Random, length: int) -> Problem:
@@ -74,7 +80,7 @@ def cup_chain(rng: random.Random, length: int) -> Problem:
         operations.append(f" {a}-{b}")
         value = {a: b, b: a}.get(value, value)
         steps.append(f" {value}")
-    return Problem(f"The ball is under cup {start} and we swap:{''.join(operations)}", tuple(steps), f"{value}")
+    return Problem(f"The ball is under cup {start} and we swap:{_places(operations)}", tuple(steps), f"{value}")
 
 
 def chain(rng: random.Random, length: int, *, held_out: bool) -> Problem:
