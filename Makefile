@@ -10,7 +10,7 @@ demo: $(VENV)/.run
 	JAX_PLATFORMS=cpu $(BIN)/qwen3-jax demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
     try:
         return draccus.parse(cls, config_path=str(path), args=list(overrides), exit_on_error=False)
     except (draccus.utils.DraccusException, yaml.YAMLError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: {_first_lines(error)}") from None
+        raise ValueError(f"{path}: {_one_line(error)}") from None
 
 
 def _keys(cls: typing.Any, prefix: str = "") -> list[str]:
@@ -45,6 +45,8 @@ def _keys(cls: typing.Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def _first_lines(error: BaseException) -> str:
-    """The message in one line, with the error that draccus wraps."""
+def _one_line(error: BaseException) -> str:
+    """The message in one line; where a class refused its fields, the class's own message, which names the field."""
+    while "Couldn't instantiate class" in str(error) and error.__cause__ is not None:
+        error = error.__cause__
     return " ".join(part.strip() for part in str(error).splitlines() if part.strip())

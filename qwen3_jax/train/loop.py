@@ -124,8 +124,8 @@ def _start_state(
 
     Shapes are learnt by `eval_shape` and shardings derived from them; nothing is ever built unsharded.
     """
-    sample = jnp.zeros((1, 8), jnp.int32)
-    # Only shapes depend on the sample, and an expert group of 8 tokens is as good as any for them.
+    # Nothing but the rows' division over the mesh depends on the sample.
+    sample = jnp.zeros((mesh.size, 8), jnp.int32)
     init_model = Qwen3(config.model)
     boxed = jax.eval_shape(init_model.init, jax.random.key(0), sample)["params"]
     abstract = nn.unbox(boxed)
