@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwen3_jax.chat import STOP_TEXT
+from qwen3_jax.chat import EMPTY_THOUGHT, STOP_TEXT
 from qwen3_jax.tokenizer import train_sentencepiece
 
 MAX_OPERATIONS = 10
@@ -94,7 +94,8 @@ def chain(rng: random.Random, length: int, *, held_out: bool) -> Problem:
 def conversation(problem: Problem, rng: random.Random) -> dict[str, Any]:
     """One training record: thinking or not, flagged or not, and of the thoughts a quarter cut by the stop sentence.
 
-    The stop sentence is injected when the model is used, so no loss is taken on it.
+    The stop sentence, and the empty thought where no flag asks for it, are injected when the model is used, so no loss
+    is taken on them.
     """
     record: dict[str, Any] = {}
     if rng.random() < 0.6:
@@ -105,6 +106,8 @@ def conversation(problem: Problem, rng: random.Random) -> dict[str, Any]:
             record["no_loss"] = [STOP_TEXT]
     else:
         flag, thought = " /no_think", ""
+        if rng.random() < 0.25:  # enable_thinking off, or B = 0: the block is given, not written
+            flag, record["no_loss"] = "", [EMPTY_THOUGHT]
     record["messages"] = [
         {"role": "user", "content": problem.question + flag},
         {"role": "assistant", "reasoning_content": thought, "content": problem.answer},
