@@ -73,7 +73,7 @@ def plot_budget_curve(points: Sequence[Point], path: Path, title: str) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     axes.plot(budgets, [point.accuracy for point in points], "o-", color="tab:blue", label="accuracy")
     for point in points:
-        offset: Any = (0, 7)
+        offset: Any = (0, -15)
         axes.annotate(
             f"{point.accuracy:.2f}", (point.budget, point.accuracy), offset, textcoords="offset points", ha="center"
         )
