@@ -171,10 +171,9 @@ def advance(
 
     begins = cut | eos_closes
     forced = begins | (state.phase_B == STOP)
-    forced_at = jnp.where(begins, 0, state.forced_at_B)
-    text = jnp.take_along_axis(limits.forced_BM, forced_at[:, None], axis=1, mode="clip")[:, 0]
+    text = jnp.take_along_axis(limits.forced_BM, state.forced_at_B[:, None], axis=1, mode="clip")[:, 0]
     token_B = jnp.where(forced, text, sampled_B)
-    forced_at = forced_at + forced
+    forced_at = state.forced_at_B + forced  # 0 until STOP begins, which it does once
     text_over = forced & (forced_at >= limits.forced_len_B)
 
     enters_tool = free & ~begins & (sampled_B == markers.tool_call)

@@ -68,19 +68,24 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
         step_fn = jax.jit(make_train_step(model, optimizer, config.accumulation), donate_argnums=0)
         tokens_per_step = config.data.batch_size * config.data.sequence_length
 
-        def report(step: int, metrics: dict[str, jax.Array], seconds: float, progress: Progress, task: Any) -> None:
-            """Fetches one step's numbers, one step late so that the devices never wait for the host."""
+        def report(step: int, metrics: dict[str, jax.Array], since: float, progress: Progress, task: Any) -> float:
+            """Waits for a step and logs its numbers, timed from `since`, the end of the step before; returns its end.
+
+            Called one step late, so that the devices never wait for the host.
+            """
             values = {name: np.asarray(value, np.float64).tolist() for name, value in jax.device_get(metrics).items()}
+            end = time.perf_counter()
             for name, value in values.items():
                 if not np.isfinite(value).all():
                     raise FloatingPointError(f"step {step}: {name} is {value}; the last checkpoint is before it")
-            rate = tokens_per_step / seconds
+            rate = tokens_per_step / (end - since)
             mfu = rate * flops_per_token / peak
             status = f"loss {values['loss']:.4f}  {rate:,.0f} tokens/s  MFU {mfu:.1%}"
             progress.update(task, completed=step, status=status)
             if step % config.log_every == 0 or step == config.steps:
                 extra = {"learning_rate": float(schedule(step - 1)), "tokens": step * tokens_per_step}
                 log.write(step, {**values, **extra, "tokens_per_second": rate, "mfu": mfu})
+            return end
 
         columns = (
             TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
@@ -101,13 +106,11 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
                 }
                 state, metrics = step_fn(state, batch)
                 if pending is not None:
-                    now = time.perf_counter()
-                    report(*pending, now - clock, progress, task)
-                    clock = now
+                    clock = report(*pending, clock, progress, task)
                 pending = (step, metrics)
                 if step % config.checkpoint_every == 0 or step == config.steps:
                     # A checkpoint must never hold weights that a bad step has spoilt.
-                    report(*pending, time.perf_counter() - clock, progress, task)
+                    report(*pending, clock, progress, task)
                     pending = None
                     checkpointer.save(step, state.params, state.optimizer, loader)
                     clock = time.perf_counter()
