@@ -49,6 +49,11 @@ class Tokenizer(Protocol):
         """The id of a vocabulary entry in the vocabulary's own spelling, or None."""
         ...
 
+    def token_bytes(self) -> list[bytes]:
+        """What each id adds to a text, in UTF-8; b"" for ids that decode to nothing. A character may be spread over
+        several ids."""
+        ...
+
     @property
     def im_start(self) -> int:
         return self._marker("<|im_start|>")
@@ -115,6 +120,14 @@ class HFTokenizer(Tokenizer):
     def token_id(self, piece: str) -> int | None:
         return self._tokenizer.token_to_id(piece)
 
+    def token_bytes(self) -> list[bytes]:
+        pieces = [b""] * self._num_tokens
+        byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+        added = self._tokenizer.get_added_tokens_decoder()
+        for piece, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            pieces[i] = piece.encode() if i in added else bytes(byte_of[character] for character in piece)
+        return pieces
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `tokenizer.model` that keeps text as it is, as `train_sentencepiece` makes it.
@@ -152,9 +165,26 @@ class SentencePieceTokenizer(Tokenizer):
         dropped = self._special if skip_special else self._dropped
         return self._processor.decode([int(i) for i in ids if i < self.num_tokens and int(i) not in dropped])
 
+    def token_bytes(self) -> list[bytes]:
+        def spelled(i: int) -> bytes:
+            piece = self._processor.id_to_piece(i)
+            if self._processor.is_byte(i):
+                return bytes([int(piece[1:-1], 16)])
+            return b"" if i in self._dropped else piece.replace(_SPACE, " ").encode()
+
+        return [spelled(i) for i in range(self.num_tokens)]
+
     def token_id(self, piece: str) -> int | None:
         found = self._processor.piece_to_id(piece)
         return None if found == self._unk_id else found
+
+
+def _byte_characters() -> str:
+    """The characters that spell the bytes 0..255 in a byte-level BPE vocabulary (GPT-2): printable ones of Latin-1 are
+    themselves, the others are numbered from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:

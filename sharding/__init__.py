@@ -5,7 +5,7 @@ says over which mesh axes each meaning is split. Meshes have `AxisType.Auto` axe
 shardings and inserts the collectives.
 """
 
-from sharding.axes import AXIS_RULES, constrain, named_shardings, partition_spec
+from sharding.axes import AXIS_RULES, constrain, named_shardings, num_parts, partition_spec
 from sharding.mesh import MeshConfig, make_mesh
 
-__all__ = ["AXIS_RULES", "MeshConfig", "constrain", "make_mesh", "named_shardings", "partition_spec"]
+__all__ = ["AXIS_RULES", "MeshConfig", "constrain", "make_mesh", "named_shardings", "num_parts", "partition_spec"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,13 +56,17 @@ def partition_spec(
             if axis in owner:
                 raise ValueError(f"mesh axis {axis!r} is wanted by both {owner[axis]!r} and {name!r} of {tuple(names)}")
             owner[axis] = name or ""
-        parts = 1
-        for axis in axes:
-            parts *= mesh.shape[axis]
+        parts = math.prod(mesh.shape[axis] for axis in axes)
         if shape is not None and shape[i] % parts:
             raise ValueError(f"mesh: {'x'.join(axes)} = {parts} does not divide axis {name!r} of size {shape[i]}")
         spec.append(axes or None)
     return PartitionSpec(*spec)
+
+
+def num_parts(name: str) -> int:
+    """Into how many parts the mesh in context (`jax.set_mesh`) splits a logical axis; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape.get(axis, 1) for axis in AXIS_RULES[name])
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -212,7 +212,7 @@ def test_cache_in_pieces_and_extended(params: Any) -> None:
     cache = KVCache.create(CONFIG, BATCH, 10, jnp.float32)
     chex.assert_shape(cache.keys, (BATCH, 10, CONFIG.num_key_value_heads, CONFIG.head_dim))
     first = forward(MODEL)(separate, TOKENS[:, :10], positions[:, :10], None, cache)
-    grown = first.cache.extend(8)
+    grown = first.cache.resize(10, 8)
     second = forward(MODEL)(separate, TOKENS[:, 10:], positions[:, 10:], None, grown)
     logits = jnp.concatenate([first.logits, second.logits], axis=1)
     chex.assert_trees_all_close(logits, full.logits, rtol=1e-4, atol=1e-4)

@@ -6,7 +6,13 @@ The rules, one row at a time. N counts the tokens sampled strictly between `<thi
   cut.
 - THINK ends naturally with a sampled `</think>`. Once N has reached the budget, the next step is still sampled: if it
   is `</think>` the end is natural, otherwise it is discarded and STOP begins in its place.
-- A finite budget also ends when the stop text and `answer_reserve` tokens would no longer fit into the row's length.
+- With `grace` g that happens after the first token ending in a newline among those from B + 1 to B + g, and after
+  token B + g at the latest.
+- A cut waits for at most 3 more tokens until a UTF-8 character that the thought has begun is whole.
+- A finite budget also ends when the stop text and `answer_reserve` tokens would no longer fit into the row's length; a
+  character that could not become whole in what is left is then not begun.
+- A row with an automatic budget ends its thought as soon as the model gives `</think>` at least the probability
+  `ready`: STOP begins at the `</think>` of its text.
 - An end-of-sequence token sampled in THINK is discarded and STOP begins in its place, so that there is an answer;
   a row with `eos_stops` ends there instead.
 - From `<tool_call>` to `</tool_call>` inside THINK the budget is suspended: nothing is counted, cut or read as a
@@ -17,12 +23,16 @@ The rules, one row at a time. N counts the tokens sampled strictly between `<thi
 
 A non-thinking row (budget 0, or a mode flag) starts in STOP with the empty block as its forced text.
 
-Shapes: B rows, M longest forced text, E end-of-sequence ids.
+There are no beams (every sample is a row with counters of its own), no draft tokens that could run past a boundary,
+and no grammar that would have to wait for the thought's end.
+
+Shapes: B rows, F longest forced text, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -36,8 +46,10 @@ START, THINK, STOP, ANSWER, DONE = range(5)
 UNLIMITED = jnp.iinfo(jnp.int32).max
 
 # How thinking ended, in the order of their codes. "open" never leaves the loop.
-THINKING_ENDS = ("open", "natural", "budget", "off", "none", "eos", "length")
-OPEN, NATURAL, BUDGET, OFF, NONE, EOS, LENGTH = range(7)
+THINKING_ENDS = ("open", "natural", "budget", "auto", "off", "none", "eos", "length")
+OPEN, NATURAL, BUDGET, AUTO, OFF, NONE, EOS, LENGTH = range(8)
+
+MAX_WAIT = 3  # tokens that a cut waits for the rest of a character
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +62,8 @@ class ThinkingTokens:
     empty_block: the ids of `<think>\\n\\n</think>\\n\\n`, which come before a non-thinking answer.
     tool_call, end_tool_call: markers of a tool call, None where the tokenizer has none.
     num_tokens: size of the tokenizer; ids at or above it are never sampled. None: the embedding's size.
+    newlines: ids whose text ends in a newline, where `grace` may cut.
+    unfinished: for ids that touch the end of a UTF-8 character, `unfinished_bytes` of their text; others are whole.
     """
 
     think: int
@@ -60,6 +74,8 @@ class ThinkingTokens:
     tool_call: int | None = None
     end_tool_call: int | None = None
     num_tokens: int | None = None
+    newlines: frozenset[int] = frozenset()
+    unfinished: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("eos", "stop_ids", "empty_block"):
@@ -72,6 +88,8 @@ class ThinkingTokens:
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer, stop_text: str = chat.STOP_TEXT) -> ThinkingTokens:
         """The ids in `tokenizer`, with `stop_text` encoded once."""
+        pieces = tokenizer.token_bytes()
+        unfinished = {token: unfinished_bytes(piece) for token, piece in enumerate(pieces)}
         return cls(
             think=tokenizer.think,
             end_think=tokenizer.end_think,
@@ -81,7 +99,20 @@ class ThinkingTokens:
             tool_call=tokenizer.tool_call,
             end_tool_call=tokenizer.end_tool_call,
             num_tokens=tokenizer.num_tokens,
+            newlines=frozenset(token for token, piece in enumerate(pieces) if piece.endswith(b"\n")),
+            unfinished={token: count for token, count in unfinished.items() if count},
         )
+
+
+def unfinished_bytes(piece: bytes) -> int:
+    """How many bytes of a UTF-8 character are still to come after `piece`; for a piece of continuation bytes alone,
+    minus the number of bytes that it supplies."""
+    tail = len(piece) - len(piece.rstrip(bytes(range(0x80, 0xC0))))  # continuation bytes at the end
+    if tail == len(piece):
+        return -tail
+    lead = piece[-tail - 1]
+    length = 4 if lead >= 0xF0 else 3 if lead >= 0xE0 else 2 if lead >= 0xC0 else 1
+    return max(length - 1 - tail, 0)
 
 
 class Markers(NamedTuple):
@@ -89,10 +120,12 @@ class Markers(NamedTuple):
 
     think: jax.Array
     end_think: jax.Array
-    eos_E: jax.Array
+    eos_V: jax.Array
     tool_call: jax.Array
     end_tool_call: jax.Array
     num_tokens: jax.Array
+    newlines_V: jax.Array
+    unfinished_V: jax.Array
 
 
 @struct.dataclass
@@ -100,18 +133,25 @@ class Limits:
     """What each row was asked for; constant during decoding.
 
     budget_B: most thinking tokens, UNLIMITED for no budget.
+    grace_B: tokens beyond the budget that may go by until a line ends.
+    ready_B: probability of `</think>` at which the thought ends; above 1 for never.
     max_new_B: most tokens written, forced ones included.
     reserve_B: tokens kept free for the answer when a finite budget is cut by length.
     eos_stops_B: an end-of-sequence token while thinking ends the row instead of closing the thought.
-    forced_BM, forced_len_B: the text that STOP emits.
+    empty_ok_B: whether the answer may begin with an end-of-sequence token, and so be empty.
+    forced_BF, forced_len_B: the text that STOP emits. close_at_B: place of its `</think>`.
     """
 
     budget_B: jax.Array
+    grace_B: jax.Array
+    ready_B: jax.Array
     max_new_B: jax.Array
     reserve_B: jax.Array
     eos_stops_B: jax.Array
-    forced_BM: jax.Array
+    empty_ok_B: jax.Array
+    forced_BF: jax.Array
     forced_len_B: jax.Array
+    close_at_B: jax.Array
 
 
 @struct.dataclass
@@ -120,6 +160,7 @@ class BudgetState:
 
     phase_B: START, THINK, STOP, ANSWER or DONE.
     thinking_B: N, thinking tokens so far (those already in the prompt's open thought included).
+    unfinished_B: bytes that the thought's last character still lacks.
     forced_at_B: place in the forced text of the next token STOP emits.
     in_tool_B: between `<tool_call>` and `</tool_call>` of a thought.
     written_B: tokens written so far.
@@ -130,6 +171,7 @@ class BudgetState:
 
     phase_B: jax.Array
     thinking_B: jax.Array
+    unfinished_B: jax.Array
     forced_at_B: jax.Array
     in_tool_B: jax.Array
     written_B: jax.Array
@@ -144,36 +186,62 @@ class BudgetState:
         return self.phase_B != DONE
 
 
+def allowed_tokens(state: BudgetState, limits: Limits, markers: Markers, vocab_size: int) -> jax.Array:
+    """[B, V] bool, what each row may sample next."""
+    ids_V = jnp.arange(vocab_size)
+    answering_B = state.phase_B == ANSWER
+    keep_B = ~limits.empty_ok_B & (answering_B | (state.phase_B == START)) & (state.answer_B == 0)
+    return (
+        (ids_V < markers.num_tokens)
+        & ~(answering_B[:, None] & (ids_V == markers.think))
+        & ~(keep_B[:, None] & markers.eos_V)
+    )
+
+
 def advance(
-    state: BudgetState, sampled_B: jax.Array, limits: Limits, markers: Markers
+    state: BudgetState,
+    sampled_B: jax.Array,
+    last_B: jax.Array,
+    end_prob_B: jax.Array,
+    limits: Limits,
+    markers: Markers,
 ) -> tuple[BudgetState, jax.Array, jax.Array]:
     """One step of the rules at the top of this file.
 
     Args:
       sampled_B: the token that each row would write if nothing were forced.
+      last_B: the token before it. end_prob_B: the probability that the model gives `</think>` now.
 
     Returns:
       (state, tokens_B, forced_B): the tokens to write, and which of them were forced. Those of DONE rows mean nothing.
     """
     active = state.active_B
-    is_eos = (sampled_B[:, None] == markers.eos_E).any(axis=1)
+    is_eos = markers.eos_V[sampled_B]
     starting, answering = state.phase_B == START, state.phase_B == ANSWER
     thinking = state.phase_B == THINK
     free = thinking & ~state.in_tool_B  # thinking, and not inside a tool call
 
     opens = starting & (sampled_B == markers.think)
     closes = free & (sampled_B == markers.end_think)
-    no_room = state.written_B + limits.forced_len_B + limits.reserve_B >= limits.max_new_B
-    spent = (state.thinking_B >= limits.budget_B) | (no_room & (limits.budget_B < UNLIMITED))
-    cut = free & ~closes & spent
-    eos_in_thought = thinking & is_eos & ~cut
+    whole = state.unfinished_B == 0
+    unfinished = markers.unfinished_V[sampled_B].astype(jnp.int32)
+    unfinished = jnp.where(unfinished >= 0, unfinished, jnp.maximum(state.unfinished_B + unfinished, 0))
+    over = state.thinking_B - limits.grace_B  # N - grace, so that no budget overflows
+    spent = (over >= limits.budget_B) | ((state.thinking_B > limits.budget_B) & markers.newlines_V[last_B])
+    spent &= whole | (over - MAX_WAIT >= limits.budget_B)
+    room = limits.max_new_B - limits.reserve_B - limits.forced_len_B - state.written_B
+    no_room = (limits.budget_B < UNLIMITED) & ((room <= 0) | (whole & (unfinished >= room)))
+    cut = free & ~closes & (spent | no_room)
+    ready = free & ~closes & ~cut & whole & (end_prob_B >= limits.ready_B)
+    eos_in_thought = thinking & is_eos & ~cut & ~ready
     eos_closes = eos_in_thought & free & ~limits.eos_stops_B
 
-    begins = cut | eos_closes
+    begins = cut | ready | eos_closes
     forced = begins | (state.phase_B == STOP)
-    text = jnp.take_along_axis(limits.forced_BM, state.forced_at_B[:, None], axis=1, mode="clip")[:, 0]
+    at = jnp.where(ready, limits.close_at_B, state.forced_at_B)  # forced_at is 0 until STOP begins, which it does once
+    text = jnp.take_along_axis(limits.forced_BF, at[:, None], axis=1, mode="clip")[:, 0]
     token_B = jnp.where(forced, text, sampled_B)
-    forced_at = state.forced_at_B + forced  # 0 until STOP begins, which it does once
+    forced_at = at + forced
     text_over = forced & (forced_at >= limits.forced_len_B)
 
     enters_tool = free & ~begins & (sampled_B == markers.tool_call)
@@ -181,8 +249,8 @@ def advance(
     counted = free & ~closes & ~begins & ~enters_tool & ~is_eos
 
     thinking_end = jnp.select(
-        [closes, cut, eos_in_thought, starting & ~opens],
-        [jnp.full_like(state.phase_B, code) for code in (NATURAL, BUDGET, EOS, NONE)],
+        [closes, cut, ready, eos_in_thought, starting & ~opens],
+        [jnp.full_like(state.phase_B, code) for code in (NATURAL, BUDGET, AUTO, EOS, NONE)],
         state.thinking_end_B,
     )
     stopped = (eos_in_thought & ~eos_closes) | ((starting | answering) & is_eos)
@@ -197,6 +265,7 @@ def advance(
     new = BudgetState(
         phase_B=jnp.where(full, DONE, phase),
         thinking_B=state.thinking_B + counted,
+        unfinished_B=jnp.where(thinking & ~begins, unfinished, 0),
         forced_at_B=forced_at,
         in_tool_B=(state.in_tool_B | enters_tool) & ~leaves_tool,
         written_B=written,

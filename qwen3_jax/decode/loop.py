@@ -1,6 +1,6 @@
 """The decoder: prefill, then one `jax.lax.while_loop` that carries everything a row needs.
 
-Shapes: B rows, P prompt slots, M most tokens written, V vocabulary.
+Shapes: B rows, P prompt slots, M most tokens written, V vocabulary, A rows admitted together.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from qwen3_jax.decode.budget import ANSWER, BudgetState, Limits, Markers, advance
+from qwen3_jax.decode.budget import BudgetState, Limits, Markers, advance, allowed_tokens
 from qwen3_jax.decode.sampling import Sampling, choose
 
-# (tokens_BT, positions_BT, segment_ids_BT, cache) -> (logits_BV of the last place, cache). Segment 0 is not there.
+# (tokens_BT, positions_BT, segment_ids_BT, cache) -> (logits_BV after each row's last token, cache). Segment 0 is
+# padding.
 Forward = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
@@ -26,13 +27,11 @@ class Rows:
 
     limits: budget, length and forced text. sampling: settings and seed.
     prompt_len_B: tokens of the prompt; the token written k-th stands at position prompt_len + k.
-    markers: the ids that the rules speak of, shared by all rows.
     """
 
     limits: Limits
     sampling: Sampling
     prompt_len_B: jax.Array
-    markers: Markers
 
 
 @struct.dataclass
@@ -43,6 +42,7 @@ class DecodeState:
     last_B: the token each row wrote last, the input of the next forward pass.
     tokens_BM: tokens written. logprobs_BM: their log-probabilities under the unmodified logits.
     forced_BM: which of them were forced.
+    counts_BV: how often each row sampled each token, for the penalties.
     cache: keys and values of all tokens but the last.
     """
 
@@ -51,43 +51,66 @@ class DecodeState:
     tokens_BM: jax.Array
     logprobs_BM: jax.Array
     forced_BM: jax.Array
+    counts_BV: jax.Array
     cache: Any
 
 
+def last_place(segment_ids_BT: jax.Array) -> jax.Array:
+    """[B] place of each row's last token; the last place of all in a row that has none."""
+    return segment_ids_BT.shape[1] - 1 - jnp.argmax(segment_ids_BT[:, ::-1] > 0, axis=1)
+
+
 def prefill(
-    forward: Forward, prompt_BP: jax.Array, rows: Rows, budget: BudgetState, cache: Any, max_new: int
+    forward: Forward,
+    prompt_BP: jax.Array,
+    there_BP: jax.Array,
+    rows: Rows,
+    budget: BudgetState,
+    markers: Markers,
+    cache: Any,
+    max_new: int,
 ) -> DecodeState:
-    """Runs the left-padded prompts and writes each row's first token. `cache` is empty, with at least P slots."""
-    batch, length = prompt_BP.shape
-    positions_BP = jnp.arange(length) - (length - rows.prompt_len_B[:, None])
-    logits_BV, cache = forward(prompt_BP, jnp.maximum(positions_BP, 0), (positions_BP >= 0).astype(jnp.int32), cache)
+    """Runs the prompts and writes each row's first token.
+
+    Args:
+      there_BP: bool, false at padding, on whichever side it is.
+      cache: empty, with at least P slots.
+      max_new: M.
+    """
+    positions_BP = jnp.maximum(jnp.cumsum(there_BP, axis=1, dtype=jnp.int32) - 1, 0)
+    logits_BV, cache = forward(prompt_BP, positions_BP, there_BP.astype(jnp.int32), cache)
+    batch = prompt_BP.shape[0]
+    last_B = jnp.take_along_axis(prompt_BP, last_place(there_BP)[:, None], axis=1)[:, 0]
     state = DecodeState(
         budget=budget,
-        last_B=prompt_BP[:, -1],
+        last_B=last_B,
         tokens_BM=jnp.zeros((batch, max_new), jnp.int32),
         logprobs_BM=jnp.zeros((batch, max_new), jnp.float32),
         forced_BM=jnp.zeros((batch, max_new), bool),
+        counts_BV=jnp.zeros(logits_BV.shape, jnp.int32),
         cache=cache,
     )
-    return write_token(state, logits_BV, rows)
+    return write_token(state, logits_BV, rows, markers)
 
 
-def write_token(state: DecodeState, logits_BV: jax.Array, rows: Rows) -> DecodeState:
+def write_token(state: DecodeState, logits_BV: jax.Array, rows: Rows, markers: Markers) -> DecodeState:
     """Chooses each row's next token, lets the budget overrule it, and writes it."""
-    budget, markers = state.budget, rows.markers
-    ids_V = jnp.arange(logits_BV.shape[-1])
-    answering_B = budget.phase_B == ANSWER
-    allowed_BV = (ids_V < markers.num_tokens) & ~(answering_B[:, None] & (ids_V == markers.think))
-    sampled_B = choose(logits_BV, allowed_BV, rows.sampling, rows.prompt_len_B + budget.written_B)
-    new_budget, token_B, forced_B = advance(budget, sampled_B, rows.limits, markers)
+    budget = state.budget
+    allowed_BV = allowed_tokens(budget, rows.limits, markers, logits_BV.shape[-1])
+    position_B = rows.prompt_len_B + budget.written_B
+    sampled_B = choose(logits_BV, allowed_BV, state.counts_BV, rows.sampling, position_B)
     # Forcing comes after everything that shapes the distribution, so log-probabilities are taken before all of it.
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
-    logprob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    total_B = jax.nn.logsumexp(logits_BV, axis=-1)
+    end_prob_B = jnp.exp(logits_BV[:, markers.end_think] - total_B)
+    new_budget, token_B, forced_B = advance(budget, sampled_B, state.last_B, end_prob_B, rows.limits, markers)
+    logprob_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0] - total_B
 
+    rows_B = jnp.arange(token_B.shape[0])
     at_B = jnp.where(budget.active_B, budget.written_B, state.tokens_BM.shape[1])  # a finished row writes nowhere
+    counted_B = (budget.active_B & ~forced_B).astype(jnp.int32)
 
     def write(buffer_BM: jax.Array, value_B: jax.Array) -> jax.Array:
-        return buffer_BM.at[jnp.arange(at_B.shape[0]), at_B].set(value_B, mode="drop")
+        return buffer_BM.at[rows_B, at_B].set(value_B, mode="drop")
 
     return dataclasses.replace(
         state,
@@ -96,10 +119,11 @@ def write_token(state: DecodeState, logits_BV: jax.Array, rows: Rows) -> DecodeS
         tokens_BM=write(state.tokens_BM, token_B),
         logprobs_BM=write(state.logprobs_BM, logprob_B),
         forced_BM=write(state.forced_BM, forced_B),
+        counts_BV=state.counts_BV.at[rows_B, token_B].add(counted_B),
     )
 
 
-def decode(forward: Forward, state: DecodeState, rows: Rows, max_steps: jax.Array) -> DecodeState:
+def decode(forward: Forward, state: DecodeState, rows: Rows, markers: Markers, max_steps: jax.Array) -> DecodeState:
     """Goes on until every row is done, or for `max_steps` tokens a row."""
 
     def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
@@ -111,6 +135,6 @@ def decode(forward: Forward, state: DecodeState, rows: Rows, max_steps: jax.Arra
         position_B = rows.prompt_len_B + state.budget.written_B - 1
         there_B = state.budget.active_B.astype(jnp.int32)
         logits_BV, cache = forward(state.last_B[:, None], position_B[:, None], there_B[:, None], state.cache)
-        return step + 1, write_token(dataclasses.replace(state, cache=cache), logits_BV, rows)
+        return step + 1, write_token(dataclasses.replace(state, cache=cache), logits_BV, rows, markers)
 
     return jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), state))[1]

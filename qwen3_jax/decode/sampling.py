@@ -1,8 +1,8 @@
 """Choosing the next token, each row by its own settings and its own random key.
 
-Filters come in the order temperature, top-k, top-p, min-p, as in transformers. There is no sort: the smallest logit
-that stays is found by bisection over the bits of a float32, in 32 passes over the vocabulary whatever k and p are.
-Equal logits stay or go together.
+Penalties come first, then filters in the order temperature, top-k, top-p, min-p, as in transformers. There is no sort:
+the smallest logit that stays is found by bisection over the bits of a float32, in 32 passes over the vocabulary
+whatever k and p are. Equal logits stay or go together.
 
 Shapes: B rows, V vocabulary.
 """
@@ -21,6 +21,7 @@ class Sampling:
     """Sampling settings of each row.
 
     temperature_B: 0 is greedy. top_p_B: 1 keeps all. top_k_B: 0 keeps all. min_p_B: 0 keeps all.
+    presence_B: taken off the logits of tokens that the row has sampled. frequency_B: the same, times how often.
     seed_B: the request's own seed, uint32. sample_B: which of its samples the row is.
     """
 
@@ -28,6 +29,8 @@ class Sampling:
     top_p_B: jax.Array
     top_k_B: jax.Array
     min_p_B: jax.Array
+    presence_B: jax.Array
+    frequency_B: jax.Array
     seed_B: jax.Array
     sample_B: jax.Array
 
@@ -75,9 +78,22 @@ def filter_logits(logits_BV: jax.Array, settings: Sampling) -> jax.Array:
     return jnp.where(keep_BV, scaled_BV, -jnp.inf)
 
 
-def choose(logits_BV: jax.Array, allowed_BV: jax.Array, settings: Sampling, position_B: jax.Array) -> jax.Array:
+def penalise(logits_BV: jax.Array, counts_BV: jax.Array, settings: Sampling) -> jax.Array:
+    """Logits less the penalties for what the row sampled before, `counts_BV` times each; forced tokens and the prompt
+    count in none (the presence and frequency penalties of the OpenAI API)."""
+
+    def less() -> jax.Array:
+        counts = counts_BV.astype(jnp.float32)
+        return logits_BV - settings.presence_B[:, None] * (counts > 0) - settings.frequency_B[:, None] * counts
+
+    return jax.lax.cond(((settings.presence_B != 0) | (settings.frequency_B != 0)).any(), less, lambda: logits_BV)
+
+
+def choose(
+    logits_BV: jax.Array, allowed_BV: jax.Array, counts_BV: jax.Array, settings: Sampling, position_B: jax.Array
+) -> jax.Array:
     """[B] next tokens: the likeliest allowed one where temperature is 0, else a draw from the filtered distribution."""
-    logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
+    logits_BV = jnp.where(allowed_BV, penalise(logits_BV, counts_BV, settings), -jnp.inf)
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
     def sample() -> jax.Array:

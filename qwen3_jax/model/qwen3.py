@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, S cache slots, D hidden_size, V vocab_size, L routed 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -97,7 +98,13 @@ class Qwen3(nn.Module):
             mask_BTS = positions_BS[:, None, :] <= positions[:, :, None]
             context = Context(cos_BTR, sin_BTR, mask_BTS, valid_BT, slot=cache.next_slot)
             x_BTD, router, keys, values = self._cached_layers(x_BTD, context, cache)
-            cache = KVCache(keys, values, positions_BS, cache.next_slot + tokens_BT.shape[1])
+            cache = dataclasses.replace(
+                cache,
+                keys=keys,
+                values=values,
+                positions_BS=positions_BS,
+                next_slot=cache.slot_after(tokens_BT.shape[1]),
+            )
 
         scale_D = declare(self, "norm", (cfg.hidden_size,), ("norm",), nn.initializers.ones)
         hidden_BTD = rms_norm(x_BTD, scale_D, cfg.rms_norm_eps)

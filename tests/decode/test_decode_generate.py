@@ -17,8 +17,9 @@ import pytest
 from flax import linen as nn
 
 from qwen3_jax.config import ModelConfig
-from qwen3_jax.decode import Request, Result, ThinkingTokens, generate
+from qwen3_jax.decode import Request, Result, ThinkingTokens, check_request, generate
 from qwen3_jax.decode import batch as decode_batch
+from qwen3_jax.decode.pack import pack, pack_markers
 from qwen3_jax.decode.sampling import Sampling, choose
 from qwen3_jax.model import Qwen3, unstack_layers
 
@@ -96,7 +97,7 @@ def full_logits(tokens: Sequence[int]) -> np.ndarray:
 
 @jax.jit
 def _choose_one(masked_V: jax.Array, sampling: Sampling, position: jax.Array) -> jax.Array:
-    return choose(masked_V[None], jnp.isfinite(masked_V)[None], sampling, position[None])[0]
+    return choose(masked_V[None], jnp.isfinite(masked_V)[None], jnp.zeros((1, V)), sampling, position[None])[0]
 
 
 def naive(request: Request) -> ref.Outcome:
@@ -106,18 +107,19 @@ def naive(request: Request) -> ref.Outcome:
         top_p_B=np.float32([request.top_p]),
         top_k_B=np.int32([request.top_k]),
         min_p_B=np.float32([request.min_p]),
+        presence_B=np.float32([0]),
+        frequency_B=np.float32([0]),
         seed_B=np.uint32([request.seed]),
         sample_B=np.int32([request.sample]),
     )
     ids = ref.Ids(THINK, END, TOKENS.eos, TOOL, END_TOOL, NUM_TOKENS, STOP, TOKENS.empty_block)
-    eos_stops = request.eos_while_thinking == "stop"
     row = ref.Row(
-        tuple(request.prompt_ids),
-        request.thinking_budget,
-        request.thinking,
-        request.max_new_tokens,
-        request.answer_reserve,
-        eos_stops,
+        prompt=tuple(request.prompt_ids),
+        budget=request.thinking_budget,
+        thinking=request.thinking,
+        max_new_tokens=request.max_new_tokens,
+        answer_reserve=request.answer_reserve,
+        eos_stops=request.eos_while_thinking == "stop",
     )
 
     def draw(masked: list[float], position: int) -> int:
@@ -162,7 +164,7 @@ def results() -> list[Result]:
 
 
 def test_equals_the_naive_loop(results: list[Result]) -> None:
-    """Cache, left padding, batch and state machine together against none of them, token for token."""
+    """Cache, padding, batch and state machine together against none of them, token for token."""
     for request, result in zip(some_requests(), results, strict=True):
         assert naive(request) == ref.Outcome(
             result.token_ids,
@@ -199,7 +201,7 @@ def test_edge_14_49_a_row_is_the_same_alone_and_in_any_order(results: list[Resul
         assert_same(gen([requests[i]]), [results[i]])
     order = np.random.default_rng(1).permutation(len(requests))
     assert_same(gen([requests[i] for i in order]), [results[i] for i in order])
-    # A longer neighbour: twice the prompt slots, so more padding on the left of all others.
+    # A longer neighbour: twice the prompt slots, so more padding in all others.
     assert_same(gen([Request(LONG), *requests[1:]])[1:], results[1:])
 
 
@@ -267,8 +269,8 @@ def other_requests(seed: int) -> list[Request]:
 def test_edge_61_no_value_recompiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Budgets, modes, sampling, seeds, lengths within the bucket, stop texts and special ids share one trace; what
     it writes differs, so that the values did matter."""
-    once = chex.assert_max_traces(decode_batch._start.__wrapped__, n=1)
-    monkeypatch.setattr(decode_batch, "_start", jax.jit(once, static_argnames=("model", "max_new")))
+    once = chex.assert_max_traces(decode_batch.start.__wrapped__, n=1)
+    monkeypatch.setattr(decode_batch, "start", jax.jit(once, static_argnames=("model", "max_new")))
     texts = set()
     for seed in range(5):
         tokens = dataclasses.replace(
@@ -286,9 +288,10 @@ def test_edge_62_one_loop_and_no_host() -> None:
     weights = {name: leaf for name, leaf in params().items() if name not in ("layer_0", "layer_2")}
     weights["layer_0"] = weights.pop("layer_1")
     requests = some_requests()
-    limits = [decode_batch.check_request(request, config, TOKENS) for request in requests]
-    packed = decode_batch._pack(requests, limits, config, TOKENS)
-    program = decode_batch._start.lower(weights, *packed, np.int32(2**31 - 1), model=Qwen3(config), max_new=32)
+    limits = [check_request(request, config, TOKENS) for request in requests]
+    packed = pack(requests, limits, config, TOKENS, prompt_slots=32)
+    markers = pack_markers(TOKENS, V)
+    program = decode_batch.start.lower(weights, packed, markers, np.int32(2**31 - 1), model=Qwen3(config), max_new=32)
     text = program.compile().as_text()
     # The entry has one loop, that over tokens; sampling's bisection is in branches, and random bits in their own.
     entry = text[text.index("\nENTRY ") :]

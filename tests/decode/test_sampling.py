@@ -12,12 +12,17 @@ from qwen3_jax.decode.sampling import Sampling, choose, filter_logits
 V = 40
 
 _filter = jax.jit(filter_logits)
-_choose = jax.jit(choose)
+
+
+@jax.jit
+def _choose(logits_BV: jax.Array, allowed_BV: jax.Array, sampling: Sampling, position_B: jax.Array) -> jax.Array:
+    return choose(logits_BV, allowed_BV, jnp.zeros(logits_BV.shape, jnp.int32), sampling, position_B)
 
 
 def settings(batch: int, **fields: object) -> Sampling:
     """Settings of `batch` rows; a number is for all of them. Off, unless given."""
-    given = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 0, "sample": 0, **fields}
+    given = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "presence": 0.0, "frequency": 0.0}
+    given |= {"seed": 0, "sample": 0, **fields}
     kinds = {"top_k": np.int32, "seed": np.uint32, "sample": np.int32}
     return Sampling(
         **{

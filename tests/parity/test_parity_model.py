@@ -167,7 +167,7 @@ def test_cached_decoding(name: str, side: str, check_error: Any) -> None:
         tokens[i, where], segments[i, where] = row[0, :length], 1
     positions = np.maximum(segments.cumsum(axis=1) - 1, 0)
     step = functools.partial(cached_forward(config), params)
-    cache = KVCache.create(config, batch=2, slots=prompt + steps + 3, dtype=jnp.float32)
+    cache = KVCache.create(config, batch=2, prompt_slots=prompt + steps + 3, dtype=jnp.float32)
     out = step(tokens, positions, segments, cache)
     errors = [relative_error(out.logits[i][segments[i] > 0], expected[i][:length]) for i, length in enumerate(lengths)]
     for t in range(steps):

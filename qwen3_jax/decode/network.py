@@ -1,0 +1,30 @@
+"""The network as the loop calls it.
+
+Shapes: B rows, T tokens, D hidden_size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qwen3_jax.cache import KVCache
+from qwen3_jax.decode.loop import Forward, last_place
+from qwen3_jax.model import Qwen3, head_weight, unembed
+
+
+def network(model: Qwen3, params: Any) -> Forward:
+    """The forward pass that turns only each row's last token into logits."""
+
+    def forward(
+        tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        out: Any = model.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT, cache)
+        last_B = last_place(segment_ids_BT)[:, None, None]
+        return unembed(jnp.take_along_axis(out.hidden, last_B, axis=1), head_weight(model.config, params))[
+            :, 0
+        ], out.cache
+
+    return forward
