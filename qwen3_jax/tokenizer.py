@@ -8,6 +8,8 @@ never off a scan for markers.
 
 from __future__ import annotations
 
+import codecs
+import functools
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,7 +26,10 @@ CHAT_MARKERS = (
 )
 
 # What a checkpoint directory may hold besides weights and config.json; copied along with the weights.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+    *("chat_template.jinja", "generation_config.json"),
+)
 
 _SPACE = "\u2581"  # SentencePiece's spelling of a space inside pieces
 
@@ -49,9 +54,9 @@ class Tokenizer(Protocol):
         """The id of a vocabulary entry in the vocabulary's own spelling, or None."""
         ...
 
-    def token_bytes(self) -> list[bytes]:
-        """What each id adds to a text, in UTF-8; b"" for ids that decode to nothing. A character may be spread over
-        several ids."""
+    def token_bytes(self, skip_special: bool = False) -> list[bytes]:
+        """What each id adds to a decoded text, in UTF-8; b"" for ids that decode to nothing. A character may be spread
+        over several ids."""
         ...
 
     @property
@@ -120,17 +125,30 @@ class HFTokenizer(Tokenizer):
     def token_id(self, piece: str) -> int | None:
         return self._tokenizer.token_to_id(piece)
 
-    def token_bytes(self) -> list[bytes]:
+    def token_bytes(self, skip_special: bool = False) -> list[bytes]:
+        pieces = list(self._pieces)
+        if skip_special:
+            for i, added in self._tokenizer.get_added_tokens_decoder().items():
+                pieces[i] = b"" if added.special else pieces[i]
+        return pieces
+
+    @functools.cached_property
+    def _pieces(self) -> list[bytes]:
         pieces = [b""] * self._num_tokens
         byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
         added = self._tokenizer.get_added_tokens_decoder()
         for piece, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            pieces[i] = piece.encode() if i in added else bytes(byte_of[character] for character in piece)
+            try:
+                pieces[i] = piece.encode() if i in added else bytes(map(byte_of.__getitem__, piece))
+            except KeyError:
+                raise ValueError(f"tokenizer: {piece!r} spells no bytes; a byte-level vocabulary fits") from None
         return pieces
 
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `tokenizer.model` that keeps text as it is, as `train_sentencepiece` makes it.
+
+    Bytes that are no UTF-8 decode as in a `tokenizer.json`, where SentencePiece itself gives a U+FFFD for each of them.
 
     Raises:
       ValueError: if the model would not give every text back: no byte fallback, a dummy prefix, removed whitespace.
@@ -149,8 +167,9 @@ class SentencePieceTokenizer(Tokenizer):
                 "and no whitespace removal fits (see train_sentencepiece)"
             )
         self._space_bytes = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
-        self._dropped = {self._unk_id}
-        self._special = self._dropped | {self._processor.piece_to_id(marker) for marker in SPECIAL_MARKERS}
+        self._pieces = [self._spelled(i) for i in range(self.num_tokens)]
+        special = {self._processor.piece_to_id(marker) for marker in SPECIAL_MARKERS}
+        self._unmarked = [b"" if i in special else piece for i, piece in enumerate(self._pieces)]
 
     @property
     def num_tokens(self) -> int:
@@ -162,21 +181,52 @@ class SentencePieceTokenizer(Tokenizer):
         return first + [i for part in others for i in (*self._space_bytes, *part)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        dropped = self._special if skip_special else self._dropped
-        return self._processor.decode([int(i) for i in ids if i < self.num_tokens and int(i) not in dropped])
-
-    def token_bytes(self) -> list[bytes]:
-        def spelled(i: int) -> bytes:
-            piece = self._processor.id_to_piece(i)
-            if self._processor.is_byte(i):
-                return bytes([int(piece[1:-1], 16)])
-            return b"" if i in self._dropped else piece.replace(_SPACE, " ").encode()
-
-        return [spelled(i) for i in range(self.num_tokens)]
+        pieces = self._unmarked if skip_special else self._pieces
+        return b"".join(pieces[i] for i in ids if i < len(pieces)).decode(errors="replace")
 
     def token_id(self, piece: str) -> int | None:
         found = self._processor.piece_to_id(piece)
         return None if found == self._unk_id else found
+
+    def token_bytes(self, skip_special: bool = False) -> list[bytes]:
+        return list(self._unmarked if skip_special else self._pieces)
+
+    def _spelled(self, i: int) -> bytes:
+        piece = self._processor.id_to_piece(i)
+        if self._processor.is_byte(i):
+            return bytes([int(piece[1:-1], 16)])
+        unspelled = self._processor.is_unknown(i) or self._processor.is_control(i)
+        return b"" if unspelled else piece.replace(_SPACE, " ").encode()
+
+
+def unfinished_bytes(piece: bytes) -> int:
+    """How many bytes of a UTF-8 character are still to come after `piece`; for a piece of continuation bytes alone,
+    minus the number of bytes that it supplies."""
+    tail = len(piece) - len(piece.rstrip(bytes(range(0x80, 0xC0))))  # continuation bytes at the end
+    if tail == len(piece):
+        return -tail
+    lead = piece[-tail - 1]
+    length = 4 if lead >= 0xF0 else 3 if lead >= 0xE0 else 2 if lead >= 0xC0 else 1
+    return max(length - 1 - tail, 0)
+
+
+class TextStream:
+    """The text of ids that come a few at a time; bytes of a character that is not whole yet are held back.
+
+    What `push` and at the end `flush` return, put together, is `tokenizer.decode` of all the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = False) -> None:
+        self._pieces = tokenizer.token_bytes(skip_special)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that these ids settle."""
+        return self._decoder.decode(b"".join(self._pieces[i] for i in ids if i < len(self._pieces)))
+
+    def flush(self) -> str:
+        """The text of what was held back."""
+        return self._decoder.decode(b"", final=True)
 
 
 def _byte_characters() -> str:

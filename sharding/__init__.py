@@ -7,5 +7,6 @@ shardings and inserts the collectives.
 
 from sharding.axes import AXIS_RULES, constrain, named_shardings, num_parts, partition_spec
 from sharding.mesh import MeshConfig, make_mesh
+from sharding.processes import start_processes
 
-__all__ = ["AXIS_RULES", "MeshConfig", "constrain", "make_mesh", "named_shardings", "num_parts", "partition_spec"]
+__all__ = ["AXIS_RULES", "MeshConfig", "constrain", "make_mesh", "named_shardings", "num_parts", "partition_spec", "start_processes"]

@@ -40,7 +40,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from qwen3_jax import chat
-from qwen3_jax.tokenizer import Tokenizer
+from qwen3_jax.tokenizer import Tokenizer, unfinished_bytes
 
 START, THINK, STOP, ANSWER, DONE = range(5)
 UNLIMITED = jnp.iinfo(jnp.int32).max
@@ -102,17 +102,6 @@ class ThinkingTokens:
             newlines=frozenset(token for token, piece in enumerate(pieces) if piece.endswith(b"\n")),
             unfinished={token: count for token, count in unfinished.items() if count},
         )
-
-
-def unfinished_bytes(piece: bytes) -> int:
-    """How many bytes of a UTF-8 character are still to come after `piece`; for a piece of continuation bytes alone,
-    minus the number of bytes that it supplies."""
-    tail = len(piece) - len(piece.rstrip(bytes(range(0x80, 0xC0))))  # continuation bytes at the end
-    if tail == len(piece):
-        return -tail
-    lead = piece[-tail - 1]
-    length = 4 if lead >= 0xF0 else 3 if lead >= 0xE0 else 2 if lead >= 0xC0 else 1
-    return max(length - 1 - tail, 0)
 
 
 class Markers(NamedTuple):

@@ -43,11 +43,20 @@ _prefill = functools.partial(jax.jit, static_argnames=("model", "max_new"))(pref
 
 @dataclasses.dataclass
 class Load:
-    """What the rows did: `row_steps` of the `steps * rows` places of the loop's steps held a running row."""
+    """What the rows did: `row_steps` of the `steps * rows` places of the loop's steps held a running row.
+
+    admitted: rows that were begun, each with one token from its prefill.
+    """
 
     rows: int
     steps: int = 0
     row_steps: int = 0
+    admitted: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written."""
+        return self.admitted + self.row_steps
 
     @property
     def utilisation(self) -> float:
@@ -96,7 +105,7 @@ class Pool:
         self._params = unstack_layers(config, nn.unbox(params))
         self._model = Qwen3(config, dtype=dtype)
         self._markers = jax.device_put(pack_markers(tokens, config.vocab_size))
-        self._max_new, self._steps = max_new, steps
+        self._max_new, self._steps = _bucket(max_new), steps
         self._places: list[_Row | None] = [None] * rows
         self._state: DecodeState | None = None
         self._rows: Rows | None = None
@@ -109,8 +118,9 @@ class Pool:
 
     def run(
         self, requests: Iterable[tuple[Hashable, Request]], watch: Callable[[Hashable, Result], bool] | None = None
-    ) -> Iterator[tuple[Hashable, Result]]:
-        """Decodes all requests and yields `(key, result)` as rows finish. Long prompts are best put first.
+    ) -> Iterator[list[tuple[Hashable, Result]]]:
+        """Decodes all requests. Each time that the loop is left it yields the `(key, result)` of the rows that
+        finished, if any did. Requests are taken as places become free; long prompts are best put first.
 
         Args:
           watch: called with every running row at each leaving of the loop; true ends the row there.
@@ -125,7 +135,7 @@ class Pool:
             busy = self.free < len(self._places)
             if busy:
                 self._launch()
-            yield from finished  # whoever takes them works while the device does
+            yield finished  # whoever takes them works while the device does
             if not busy:
                 return
             finished = self._collect(watch)
@@ -134,8 +144,11 @@ class Pool:
         """Prefills the requests and puts them in free places."""
         new = []
         for key, request in requests:
-            limit = min(check_request(request, self._config, self._tokens), self._max_new)
+            limit = check_request(request, self._config, self._tokens)
+            if limit > self._max_new:
+                raise ValueError(f"max_new_tokens: {request.max_new_tokens}; at most {self._max_new} fits this pool")
             new.append((_Row(key, len(request.prompt_ids), limit), request))
+        self.load.admitted += len(new)
         free = [i for i, row in enumerate(self._places) if row is None]
         for place, (row, _) in zip(free, new, strict=False):
             self._places[place] = row
@@ -168,7 +181,7 @@ class Pool:
         places: Any = np.array([place for place, _ in admitted] + [len(self._places)] * spare, np.int32)
         with self._compiling("prefill", f"{size} x {slots}"):
             new = _prefill(self._params, packed, self._markers, model=self._model, max_new=self._max_new)
-        with self._compiling("admission", f"{size} x {slots}", self._shape):
+        with self._compiling("admission", f"{size} x {slots} to {self._shape}"):
             self._state, self._rows = _put(self._state, self._rows, new, packed.rows, places)
 
     def _fit_cache(self) -> None:
@@ -194,8 +207,8 @@ class Pool:
         prompt = cache.prompt_slots if cache.prompt_slots // 4 < prompt <= cache.prompt_slots else prompt
         ring = cache.ring_slots if cache.ring_slots // 4 < ring <= cache.ring_slots else ring
         if (prompt, ring) != (cache.prompt_slots, cache.ring_slots):
-            with self._compiling("resizing", self._shape, f"to {prompt} + {ring}"):
-                self._state = _resize(self._state, slots=(prompt, ring))
+            with self._compiling("resizing", f"{self._shape} to {prompt} + {ring}"):
+                self._state = dataclasses.replace(self._state, cache=_resize(cache, slots=(prompt, ring)))
 
     def _template(self) -> tuple[Rows, Any]:
         """Settings and state of one row, for their shapes."""
@@ -235,8 +248,9 @@ class Pool:
         assert self._state is not None
         return f"{len(self._places)} x ({self._state.cache.prompt_slots} + {self._state.cache.ring_slots})"
 
-    def _compiling(self, what: str, *shapes: str) -> Any:
-        return _Announced(self._announce, (self._model, self._max_new, jax.sharding.get_abstract_mesh()), what, shapes)
+    def _compiling(self, what: str, shapes: str) -> Any:
+        about = (self._model, self._max_new, jax.sharding.get_abstract_mesh())
+        return _Announced(self._announce, about, f"{what} {shapes}")
 
 
 class _Announced:
@@ -244,10 +258,8 @@ class _Announced:
 
     _seen: ClassVar[set[Any]] = set()
 
-    def __init__(
-        self, announce: Callable[[str, float], None] | None, about: Any, what: str, shapes: tuple[str, ...]
-    ) -> None:
-        self._announce, self._key, self._what = announce, (about, what, shapes), " ".join((what, *shapes))
+    def __init__(self, announce: Callable[[str, float], None] | None, about: Any, what: str) -> None:
+        self._announce, self._key, self._what = announce, (about, what), what
 
     def __enter__(self) -> None:
         self._start = time.perf_counter()
@@ -307,9 +319,9 @@ def _put(
     )
 
 
-@functools.partial(jax.jit, static_argnames="slots", donate_argnames="state")
-def _resize(state: DecodeState, *, slots: tuple[int, int]) -> DecodeState:
-    return dataclasses.replace(state, cache=state.cache.resize(*slots))
+@functools.partial(jax.jit, static_argnames="slots")
+def _resize(cache: KVCache, *, slots: tuple[int, int]) -> KVCache:
+    return cache.resize(*slots)
 
 
 @functools.partial(jax.jit, donate_argnames="state")

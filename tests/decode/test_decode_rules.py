@@ -28,6 +28,7 @@ from qwen3_jax.decode.loop import DecodeState, Rows, decode, last_place, prefill
 from qwen3_jax.decode.pack import Packed, pack_markers, results, round_up
 from qwen3_jax.decode.pack import pack as pack_requests
 from qwen3_jax.decode.sampling import Sampling, choose
+from qwen3_jax.tokenizer import unfinished_bytes
 
 V, NUM_TOKENS = 24, 22  # ids 22 and 23 decode to nothing
 THINK, END, EOS, EOS_2, TOOL, END_TOOL, BREAK, GEN = range(14, 22)
@@ -75,7 +76,7 @@ class Case:
             end_tool_call=END_TOOL,
             num_tokens=NUM_TOKENS,
             newlines=frozenset(i for i, piece in enumerate(TEXT) if piece.endswith(b"\n")),
-            unfinished={i: bud.unfinished_bytes(piece) for i, piece in enumerate(TEXT)},
+            unfinished={i: unfinished_bytes(piece) for i, piece in enumerate(TEXT)},
         )
 
 
@@ -358,6 +359,25 @@ def test_edge_04_a_close_right_after_the_last_allowed_token_is_natural(temperatu
         assert 7 not in result.token_ids
 
 
+def test_edge_02_the_marker_is_not_counted_and_the_newline_after_it_is() -> None:
+    """`count_think_marker` makes the first B tokens, `<think>` among them, all that comes before the cut: the recipe
+    in two calls, whose first call writes at most B tokens."""
+    result, other = run([case([THINK, BREAK, 3, 4], thinking_budget=2, count_think_marker=c) for c in (False, True)])
+    assert result.token_ids[: 3 + len(STOP)] == [THINK, BREAK, 3, *STOP]
+    assert other.token_ids[: 2 + len(STOP)] == [THINK, BREAK, *STOP]
+    assert (result.thinking_tokens, other.thinking_tokens) == (2, 1)
+    unlimited = run_one([THINK, 3, END], thinking_budget=None, count_think_marker=True)
+    assert unlimited.thinking_end == "natural"
+
+
+def test_edge_05_a_prompt_ending_in_an_open_thought_starts_with_the_tokens_after_the_marker() -> None:
+    """Thinking-2507's prompt ends in `<think>` and a newline: the newline is the first thinking token."""
+    result = run_one(prompt=(*OPEN, BREAK), thinking_budget=3)
+    assert result.forced.index(True) == 2
+    assert result.thinking_tokens == 3
+    assert run_one(prompt=OPEN, thinking_budget=3).forced.index(True) == 3
+
+
 @pytest.mark.parametrize("held", [0, 1, 3])
 def test_edge_06_a_prefix_of_thinking_tokens_leaves_the_rest_of_the_budget(held: int) -> None:
     result = run_one(prompt=(*OPEN, *[4] * held), thinking_budget=5)
@@ -430,6 +450,17 @@ def test_edge_11_the_stop_text_is_appended_as_ids(last: int) -> None:
     assert [i for i, forced in enumerate(result.forced) if forced] == list(range(3, 27))
 
 
+def test_edge_13_all_see_the_same_ids_in_the_same_order_across_the_cut() -> None:
+    """The token buffer, and what the model was fed at which position; once each, without a gap."""
+    each = case([THINK, 3, 4, 5], thinking_budget=2, max_new_tokens=20)
+    state = _begin(*pack([each]), UNLIMITED, write=WRITE)
+    written = results(state)[0].token_ids
+    assert written[:9] == [THINK, 3, 4, *STOP]
+    sequence = [*each.request.prompt_ids, *written]
+    assert np.asarray(state.cache["seen"])[0, : len(sequence) - 1].tolist() == sequence[:-1]
+    assert np.asarray(state.cache["times"])[0, : len(sequence)].tolist() == [1] * (len(sequence) - 1) + [0]
+
+
 def test_edge_14_a_cut_row_leaves_every_other_row_alone() -> None:
     """In any position and order, greedy and sampled."""
     table = [
@@ -480,6 +511,14 @@ def test_edge_17_the_machinery_never_doubles_the_close() -> None:
             assert run_one([9, EOS], prompt=prompt, **fields).token_ids == [9, EOS]
 
 
+def test_edge_18_a_stop_text_that_goes_on_after_the_close_is_delivered_whole() -> None:
+    stop = (BREAK, 1, END, BREAK, 5, 6, 7)
+    result = run_one([THINK, 3, 9, 9], thinking_budget=1, stop=stop)
+    assert result.token_ids[: 2 + len(stop)] == [THINK, 3, *stop]
+    assert result.forced[: 2 + len(stop)] == [False] * 2 + [True] * len(stop)
+    assert result.injected_tokens == len(stop)
+
+
 def test_edge_19_a_stop_text_of_any_length_needs_no_new_program() -> None:
     run([case()])
     before = len(traces)
@@ -490,6 +529,67 @@ def test_edge_19_a_stop_text_of_any_length_needs_no_new_program() -> None:
         assert result.token_ids[2 : 2 + length] == list(stop)
         assert (result.injected_tokens, result.answer_tokens) == (length, WRITE - 2 - length)
     assert len(traces) == before
+
+
+@pytest.mark.parametrize(
+    ("thought", "waited"),
+    [
+        ([3, 10, 11, 11, 4], 2),  # a character of three bytes, one a token
+        ([3, 10, 12, 4], 1),  # its last two bytes in one token
+        ([3, 13, 12, 4], 1),  # of four bytes, begun in the middle of a token
+        ([3, 13, 11, 11, 4], 2),
+        ([3, 10, 10, 10, 10, 10], 3),  # never whole: three tokens are waited for, not more
+        ([3, 12, 4], 0),  # stray continuation bytes begin nothing
+        ([3, 10, 4], 1),  # nor does a character that something else interrupts stay begun
+    ],
+)
+def test_edge_20_a_cut_waits_until_a_character_is_whole(thought: list[int], waited: int) -> None:
+    """With the budget in the middle of the character."""
+    result = run_one([THINK, *thought, 5, 5], thinking_budget=2)
+    assert result.token_ids[: 3 + waited + len(STOP)] == [THINK, *thought[: 2 + waited], *STOP]
+    assert result.thinking_tokens == 2 + waited
+    spelled = b"".join(TEXT[token] for token in thought[: 2 + waited])
+    if waited < 3 and thought not in ([3, 12, 4], [3, 10, 4]):
+        spelled.decode()
+
+
+@pytest.mark.parametrize(("room", "kept"), [(1, 1), (2, 1), (3, 1), (4, 4), (5, 5)])
+def test_edge_20_what_cannot_become_whole_in_the_room_left_is_not_begun(room: int, kept: int) -> None:
+    """Room for so many thinking tokens, and a character of three after the first: kept whole, or cut before it."""
+    thought = [3, 10, 11, 11, 5]
+    result = run_one([THINK, *thought, 5], thinking_budget=99, max_new_tokens=1 + room + len(STOP) + 1)
+    assert result.token_ids == [THINK, *thought[:kept], *STOP, *[0] * (1 + room - kept)]
+
+
+def test_edge_20_a_prompts_half_character_is_waited_for() -> None:
+    result = run_one([11, 11, 5], prompt=(*OPEN, 3, 10), thinking_budget=1)
+    assert result.token_ids[: 2 + len(STOP)] == [11, 11, *STOP]
+    assert result.thinking_tokens == 4
+
+
+def test_edge_21_nothing_that_shapes_the_distribution_touches_a_forced_token() -> None:
+    """Temperature, top-k, top-p, min-p, penalties, and the mask of ids that decode to nothing."""
+    stop = (BREAK, NUM_TOKENS, 1, END, NUM_TOKENS + 1)
+    shapes = {"temperature": 2.0, "top_k": 1, "top_p": 0.1, "min_p": 1.0, "presence_penalty": 2.0}
+    result = run_one([THINK, 3, BREAK, 1, 1, 1], thinking_budget=2, stop=stop, frequency_penalty=2.0, **shapes)
+    assert result.token_ids[: 3 + len(stop)] == [THINK, 3, BREAK, *stop]
+
+
+def test_edge_22_forced_tokens_count_in_no_penalty() -> None:
+    """Nor does the prompt; sampled tokens do, in the thought and in the answer, once for presence and each time for
+    frequency."""
+    table = np.zeros((PERIOD, V, V), np.float32)
+    table[:, :, [1, 2]] = [1.0, 0.9]  # 1 and 2 are both in the stop text, 1 in the prompt too
+    table[len(PROMPT) - 1, :, THINK] = 5
+    request = Request((1, *PROMPT), thinking_budget=1, max_new_tokens=14, presence_penalty=0.5)
+    table = np.roll(table, 1, axis=0)
+    result = run([Case(request, table)])[0]
+    # <think> and 1 are sampled; after the stop text 1 has 0.5 against the 0.9 of 2, then 2 has 0.4.
+    assert result.token_ids == [THINK, 1, *STOP, 2, 1, 1, 1, 1, 1]
+    often = dataclasses.replace(request, presence_penalty=0.0, frequency_penalty=0.25)
+    assert run([Case(often, table)])[0].token_ids == [THINK, 1, *STOP, 2, 1, 2, 1, 2, 1]
+    neither = dataclasses.replace(request, presence_penalty=0.0)
+    assert run([Case(neither, table)])[0].token_ids == [THINK, 1, *STOP, 1, 1, 1, 1, 1, 1]
 
 
 def test_edge_23_forced_tokens_keep_the_models_own_logprobs_and_say_so() -> None:
@@ -519,6 +619,59 @@ def test_edge_24_draws_do_not_depend_on_forcing() -> None:
         assert run([again])[0].token_ids == result.token_ids[cut:]
 
 
+@pytest.mark.parametrize("grace", [0, 1, 3, 5, 1000])
+def test_edge_25_grace_lets_the_line_end(grace: int) -> None:
+    """Id 9 ends a line, as the fifth thinking token: after it where the grace period reaches that far, at its last
+    token otherwise. A line that ends within the budget ends nothing."""
+    result = run_one([THINK, 9, 3, 4, 5, 9, 6, 6, 6, 6, 6, 6], thinking_budget=2, grace=grace)
+    assert result.thinking_tokens == min(2 + grace, 5)
+    assert result.token_ids[: 1 + result.thinking_tokens] == [THINK, 9, 3, 4, 5, 9][: 1 + result.thinking_tokens]
+    assert result.token_ids[1 + result.thinking_tokens :][: len(STOP)] == list(STOP)
+    closed = run_one([THINK, 3, 3, 3, END, 6], thinking_budget=2, grace=grace)
+    assert closed.thinking_end == ("budget" if grace == 0 else "natural")
+
+
+def test_edge_25_grace_in_a_prompts_thought() -> None:
+    """A prompt may stand in its grace period, or at the end of it, or just behind a line's end."""
+    for held, first in (([3, 3, 3], 2), ([3, 3, 3, 3, 3], 0), ([3, 3, 3, 9], 0), ([3, 3], 3)):
+        result = run_one([4, 4, 4, 4], prompt=(*OPEN, *held), thinking_budget=2, grace=3)
+        assert result.forced.index(True) == first
+
+
+# Automatic budgets ---------------------------------------------------------------------------------------------------
+
+
+def unsure(probability: float) -> np.ndarray:
+    """A table that never samples `</think>` and gives it this probability at the fourth thinking token."""
+    table = np.zeros((PERIOD, V, V), np.float32)
+    table[:, :, 4] = 20.0
+    table[:, :, END] = -20.0
+    table[len(PROMPT) - 1, :, THINK] = 40.0
+    table[len(PROMPT) + 3, :, END] = 20.0 + np.log(probability / (1 - probability))
+    return table
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.01])
+def test_an_automatic_budget_closes_when_the_model_is_ready(temperature: float) -> None:
+    """At the threshold, not below it, whatever is sampled; with what of the stop text is from `</think>` on."""
+    fields = {"thinking_budget": "auto", "max_new_tokens": 20, "temperature": temperature}
+    request = Request(PROMPT, auto_threshold=0.3, **fields)
+    ready, not_ready = run([Case(request, unsure(0.31)), Case(request, unsure(0.29))])
+    assert ready.token_ids[:7] == [THINK, 4, 4, 4, END, BREAK, 4]
+    assert (ready.thinking_end, ready.thinking_tokens, ready.injected_tokens) == ("auto", 3, 2)
+    assert ready.forced[4:6] == [True, True]
+    # Not ready: an automatic budget is finite all the same, and leaves an answer.
+    assert (not_ready.thinking_end, not_ready.answer_tokens) == ("budget", 1)
+
+
+def test_an_automatic_budget_has_a_hard_cap() -> None:
+    request = Request(PROMPT, thinking_budget="auto", auto_threshold=0.5, auto_cap=2, max_new_tokens=20)
+    result = run([Case(request, unsure(0.9))])[0]
+    assert (result.thinking_tokens, result.thinking_end) == (2, "budget")
+    never = Request(PROMPT, thinking_budget=9, auto_threshold=0.0, max_new_tokens=20)
+    assert run([Case(never, unsure(0.4))])[0].thinking_end == "budget"
+
+
 # Modes and flags -----------------------------------------------------------------------------------------------------
 
 
@@ -545,6 +698,27 @@ def test_edge_34_mixed_modes_in_one_call_equal_each_alone() -> None:
         for i, mode in enumerate(modes)
     ]
     assert run(cases) == [run([each])[0] for each in cases]
+
+
+def test_edge_35_sampling_settings_are_each_rows_own() -> None:
+    """Thinking and non-thinking rows with their own temperatures, filters and penalties, in one program."""
+    kinds = [
+        {"temperature": 0.6, "top_p": 0.95, "top_k": 20},
+        {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "presence_penalty": 1.5, "thinking": False},
+        {"temperature": 0.0},
+        {"temperature": 1.3, "min_p": 0.2, "frequency_penalty": 0.3},
+    ]
+    cases = [
+        Case(Request(PROMPT, **kind, thinking_budget=6, max_new_tokens=WRITE, seed=i), random_table(i))
+        for i, kind in enumerate(kinds * 2)
+    ]
+    together = run(cases)
+    assert together == [run([each])[0] for each in cases]
+    assert_as_reference(cases, together)
+    shuffled = [
+        dataclasses.replace(each, request=dataclasses.replace(each.request, **{"temperature": 0.0})) for each in cases
+    ]
+    assert sum(one.token_ids != other.token_ids for one, other in zip(together, run(shuffled), strict=True)) >= 4
 
 
 # State machine -------------------------------------------------------------------------------------------------------
@@ -623,6 +797,15 @@ def test_edge_43_an_end_of_sequence_right_after_the_close_is_an_empty_answer() -
     result = run_one([THINK, 7, END, EOS])
     assert result.token_ids == [THINK, 7, END, EOS]
     assert (result.thinking_end, result.finish_reason, result.answer_tokens) == ("natural", "stop", 1)
+
+
+def test_edge_43_an_option_keeps_the_answer_from_being_empty() -> None:
+    """The end-of-sequence token is masked for one step; after a thought, without one, and after an empty block."""
+    for script, fields in (([THINK, 7, END, EOS, EOS], {}), ([EOS, EOS], {}), ([EOS] * 6, {"thinking": False})):
+        empty, kept = run([case(script, **fields, allow_empty_answer=allow) for allow in (True, False)])
+        assert empty.answer_tokens == 1
+        assert (kept.answer_tokens, kept.token_ids[-1]) == (2, EOS)
+        assert kept.token_ids[-2] not in (EOS, EOS_2)
 
 
 # Lengths -------------------------------------------------------------------------------------------------------------
@@ -735,6 +918,24 @@ def test_edge_57_a_closed_empty_block_in_the_prompt_is_answering() -> None:
         assert (result.injected_tokens, result.answer_tokens, result.thinking_end) == (0, 4, "off")
 
 
+@pytest.mark.parametrize("offset", [1, 9, 20])
+def test_edge_49_padding_on_either_side_changes_nothing(offset: int) -> None:
+    """Prompts that begin at other slots, down to padding on the left alone: the same ids and counts."""
+    cases = [
+        Case(Request((1,) * i + PROMPT, thinking_budget=3, max_new_tokens=WRITE, temperature=i % 2), random_table(i))
+        for i in range(ROWS)
+    ]
+    packed, table = pack(cases)
+    slots = packed.prompt_BP.shape[1]
+    moved = [min(offset, slots - len(each.request.prompt_ids)) for each in cases]
+    roll = functools.partial(np.roll, axis=0)
+    right = packed._replace(
+        prompt_BP=np.stack([roll(row, by) for row, by in zip(packed.prompt_BP, moved, strict=True)]),
+        there_BP=np.stack([roll(row, by) for row, by in zip(packed.there_BP, moved, strict=True)]),
+    )
+    assert results(_begin(right, table, UNLIMITED, write=WRITE)) == run(cases)
+
+
 @pytest.mark.parametrize("steps", [1, 3, 7])
 def test_edge_60_leaving_and_entering_the_loop_preserves_everything(steps: int) -> None:
     cases = [
@@ -752,6 +953,21 @@ def test_edge_60_leaving_and_entering_the_loop_preserves_everything(steps: int) 
     assert results(state) == run(cases)
 
 
+def test_edge_64_samples_have_counters_of_their_own() -> None:
+    """Eight samples of one prompt differ, each by the reference's rules, whoever its neighbours are."""
+    cases = [
+        Case(
+            Request(PROMPT, thinking_budget=5, max_new_tokens=WRITE, temperature=1.0, seed=3, sample=i), random_table(2)
+        )
+        for i in range(ROWS)
+    ]
+    together = run(cases)
+    assert_as_reference(cases, together)
+    assert len({tuple(result.token_ids) for result in together}) == ROWS
+    assert len({result.thinking_tokens for result in together}) > 1
+    assert run(cases[5:6]) == together[5:6]
+
+
 def test_edge_61_no_value_of_any_row_recompiles() -> None:
     run([case()])
     before = len(traces)
@@ -759,12 +975,16 @@ def test_edge_61_no_value_of_any_row_recompiles() -> None:
     for i in range(6):
         stop = (*rng.integers(0, 14, 1 + i).tolist(), END)
         fields = {
-            "thinking_budget": i - 1,
+            "thinking_budget": "auto" if i == 5 else i - 1,
             "temperature": i / 3,
             "top_k": i,
             "top_p": 1 - i / 9,
             "seed": i,
             "sample": i,
+            "grace": i,
+            "presence_penalty": i / 9,
+            "auto_threshold": i / 9,
+            "allow_empty_answer": i % 2 == 0,
         }
         run([case(prompt=(*[1] * i, *PROMPT), stop=stop, max_new_tokens=40 - i, answer_reserve=i, **fields)])
     assert len(traces) == before
