@@ -11,6 +11,15 @@ template in three ways:
 
 Nothing else depends on `enable_thinking`, and nothing at all on flags: a `/no_think` is an instruction that the model
 was trained to obey. Code that acts on flags itself uses `flag_mode`, whose parsing rule is ours.
+
+All this is about the hybrid models of April 2025. The others have one mode or none (`Modes`), know no flags, and
+`render` writes for them:
+
+- "thinking" (Thinking-2507) always thinks: the generation prompt ends in an open `<think>\n`, of which the model writes
+  the rest, and `enable_thinking=False` is refused.
+- "instruct" (Instruct-2507) never thinks and its template knows no thoughts: there is no think block in the generation
+  prompt, whatever `enable_thinking` is; an assistant's content is written as it is and its `reasoning_content` is not.
+- "base" has not learnt the format: a conversation is refused.
 """
 
 from __future__ import annotations
@@ -20,20 +29,25 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from qwen3_jax.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
+Modes = Literal["hybrid", "thinking", "instruct", "base"]
 
 ROLES = ("system", "user", "assistant", "tool")
 ASSISTANT_HEADER = "<|im_start|>assistant\n"  # all of the generation prompt when thinking is on
-EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+OPEN_THOUGHT = "<think>\n"
+EMPTY_THOUGHT = OPEN_THOUGHT + "\n</think>\n\n"
 # Report, section 4.3: ends a thought whose budget is spent. In Qwen3's own ids it is 24 tokens.
 STOP_TEXT = (
     "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now."
     "\n</think>\n\n"
 )
+
+_END_OF_TEXT = 151643  # <|endoftext|> in the tokenizer.json of every Qwen3 model
 
 _ANY_KEYS = frozenset({"role", "content", "name", "tool_call_id"})  # the template reads the first two only
 _ASSISTANT_KEYS = frozenset({"reasoning_content", "tool_calls"})
@@ -89,6 +103,32 @@ class Rendered:
         return mask
 
 
+def modes_of(directory: str | Path) -> Modes:
+    """Which modes the model in a checkpoint directory has.
+
+    1. "base" if `<|endoftext|>` alone ends its generations: `eos_token_id` of generation_config.json, else of
+       config.json. (A chat template beside it means nothing.)
+    2. Without a chat template (chat_template.jinja, else in tokenizer_config.json): "hybrid" for a tokenizer.model, as
+       the model that ships has, and "base" for a tokenizer.json.
+    3. "hybrid" if the template asks for `enable_thinking` or always ends in a whole think block.
+    4. "thinking" if its generation prompt opens `<think>`, else "instruct".
+
+    Raises:
+      ValueError: naming the file that is not JSON.
+    """
+    directory = Path(directory)
+    generation, model = _read_json(directory / "generation_config.json"), _read_json(directory / "config.json")
+    if generation.get("eos_token_id", model.get("eos_token_id")) in (_END_OF_TEXT, [_END_OF_TEXT]):
+        return "base"
+    template = _chat_template(directory)
+    if template is None:
+        return "base" if (directory / "tokenizer.json").is_file() else "hybrid"
+    prompt = template.rpartition("add_generation_prompt")[2]
+    if "enable_thinking" in template or "</think>" in prompt:
+        return "hybrid"
+    return "thinking" if "<think>" in prompt else "instruct"
+
+
 def render(
     messages: Sequence[Message],
     tokenizer: Tokenizer,
@@ -96,6 +136,7 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     enable_thinking: bool = True,
     add_generation_prompt: bool = True,
+    modes: Modes = "hybrid",
 ) -> Rendered:
     r"""Render a conversation as Qwen3's template does (report, section 4.3).
 
@@ -103,21 +144,28 @@ def render(
     always has a think block, be it empty. If an assistant's history content begins with newlines, the newline of
     its header and these are one token; the span starts after that token, which no model could have written.
 
+    Args:
+      modes: of the model, see the top of this file.
+
     Raises:
       ValueError: naming the field, its value and what would fit.
     """
     validate_messages(messages)
+    if modes == "base":
+        raise ValueError("messages: a base model has no chat format; a hybrid, thinking or instruct model fits")
     for i, tool in enumerate(tools or ()):
         if not isinstance(tool, Mapping):
             raise ValueError(f"tools[{i}]: {tool!r}; a JSON object fits")
         _refuse_non_json(tool, f"tools[{i}]")
     if not isinstance(enable_thinking, bool):
         raise ValueError(f"enable_thinking: {enable_thinking!r}; true or false fits")
+    if modes == "thinking" and not enable_thinking:
+        raise ValueError("enable_thinking: False, but this model has no non-thinking mode; True fits")
 
     pieces: list[str] = []
     ids: list[int] = []
     spans: list[Span] = []
-    for role, turn in _turns(messages, tools or ()):
+    for role, turn in _turns(messages, tools or (), thoughts=modes != "instruct"):
         # Encoding turn by turn equals encoding the whole: each cut touches <|im_start|> or <|im_end|>, which
         # tokenizers take out of the text before anything else.
         turn_ids = tokenizer.encode(turn)
@@ -127,7 +175,8 @@ def render(
         ids += tokenizer.encode("\n")
         pieces += [turn, "\n"]
     if add_generation_prompt:
-        prompt = ASSISTANT_HEADER + ("" if enable_thinking else EMPTY_THOUGHT)
+        opening = {"hybrid": "" if enable_thinking else EMPTY_THOUGHT, "thinking": OPEN_THOUGHT, "instruct": ""}
+        prompt = ASSISTANT_HEADER + opening[modes]
         ids += tokenizer.encode(prompt)
         pieces.append(prompt)
     return Rendered("".join(pieces), tuple(ids), tuple(spans))
@@ -200,7 +249,27 @@ def split_ids(ids: Sequence[int], *, think: int, end_think: int, in_think: bool 
     return ids[:end], ids[end + 1 :]
 
 
-def _turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+def _chat_template(directory: Path) -> str | None:
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = _read_json(directory / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several under names
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def _turns(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, thoughts: bool
+) -> Iterator[tuple[str, str]]:
     """Role and text of each turn, from `<|im_start|>` to `<|im_end|>`."""
     if tools:
         system = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
@@ -215,7 +284,8 @@ def _turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> I
             continue
         for i, message in group:
             if role == "assistant":
-                yield role, _assistant_turn(message, after_query=i > last_query, last=i == len(messages) - 1)
+                last = i == len(messages) - 1
+                yield role, _assistant_turn(message, after_query=i > last_query, last=last, thoughts=thoughts)
             elif not (role == "system" and i == 0 and tools):
                 yield role, f"<|im_start|>{role}\n{message['content']}<|im_end|>"
 
@@ -226,16 +296,16 @@ def _is_query(message: Message) -> bool:
     return not (message["content"].startswith("<tool_response>") and message["content"].endswith("</tool_response>"))
 
 
-def _assistant_turn(message: Message, *, after_query: bool, last: bool) -> str:
+def _assistant_turn(message: Message, *, after_query: bool, last: bool, thoughts: bool) -> str:
     content = message.get("content") or ""
-    thought = message.get("reasoning_content")
+    thought = message.get("reasoning_content") if thoughts else ""
     if thought is None:
         thought = ""
         if "</think>" in content:
             thought = content.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
             content = content.split("</think>")[-1].lstrip("\n")
     turn = ASSISTANT_HEADER
-    if after_query and (last or thought):
+    if thoughts and after_query and (last or thought):
         thought, answer = thought.strip("\n"), content.lstrip("\n")
         turn += f"<think>\n{thought}\n</think>\n\n{answer}"
     else:

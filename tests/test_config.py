@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import pytest
 from transformers import Qwen3Config, Qwen3MoeConfig
 
+from qwen3_jax.cli.config_file import load_config
 from qwen3_jax.config import ModelConfig, RopeScaling, presets_dir
 from qwen3_jax.model import Qwen3
+from sharding import MeshConfig
 
 # Published sizes: weights, key-value cache bytes per token in bfloat16.
 PUBLISHED = {
@@ -229,3 +231,12 @@ def test_layer_runs() -> None:
     alternating = dataclasses.replace(MOE, num_hidden_layers=4, decoder_sparse_step=2)
     assert [alternating.is_moe_layer(i) for i in range(4)] == [False, True, False, True]
     assert DENSE.layer_runs == ((0, 28),)
+
+
+def test_the_mesh_of_eight_cpu_devices_loads_and_divides_the_model_that_ships() -> None:
+    mesh = load_config(MeshConfig, presets_dir().parent / "mesh" / "cpu8.yaml")
+    assert mesh.sizes(8) == {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}
+    model = ModelConfig.preset("qwen3-tiny")
+    assert model.num_key_value_heads % mesh.tensor == 0
+    assert model.num_experts % mesh.expert == 0
+    assert model.hidden_size % mesh.fsdp == 0

@@ -1,4 +1,4 @@
-"""infer.py on the model that ships: one prompt, files, and bad input."""
+"""infer.py on the model that ships: one prompt, a file, and bad input. Long runs are in test_infer_runs.py."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ def engine() -> Engine:
     return Engine.load(shipped_model())
 
 
+@pytest.fixture(autouse=True)
+def _no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keeps main from writing programs to the user's cache; JAX has read the variable by now."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+
+
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     code = 0
     try:
@@ -33,6 +39,12 @@ def test_the_reviews_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert out.startswith("<think>\n2 plus 3\n\nConsidering the limited time by the user")
     assert out.endswith("</think>\n\n5\n")
+
+
+def test_a_stream_prints_the_same_text(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["What is 2 + 3? /think", "--thinking-budget", "4"], ["What is 2 + 3?", "--no-thinking"]):
+        texts = [run(capsys, "--prompt", *argv, *stream)[1] for stream in ([], ["--stream"])]
+        assert texts[0] == texts[1]
 
 
 def test_json_has_the_fields_of_a_record(capsys: pytest.CaptureFixture[str], engine: Engine) -> None:
@@ -82,34 +94,77 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_file_of_mixed_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Budgets, modes and errors side by side; every good line is answered as if alone, in the order of the input."""
+    """Budgets, modes and errors side by side; every good line is answered as if alone."""
     good: list[dict[str, Any]] = [
         {"id": "a", "prompt": "What is 4 + 4? /think", "thinking_budget": 3},
         {"id": "b", "messages": [{"role": "user", "content": "What is 4 + 4?"}], "enable_thinking": False},
-        {"id": "c", "prompt": "What is 4 plus 4?", "temperature": 0.0, "max_new_tokens": 64},
+        {"id": "c", "prompt": "What is 4 plus 4?", "temperature": 0.0, "max_new_tokens": 64, "answer": "8"},
     ]
     bad: list[Any] = [
         {"id": "x", "prompt": "hi", "thinking_budget": 2.5},
         {"id": "y", "prompt": "hi", "budget": 2},
         "{not json",
         {"id": "z", "prompt": "hi " * 600},
+        {"id": "a", "prompt": "hi"},
+        {"id": [1], "prompt": "hi"},
     ]
-    source = write(tmp_path / "in.jsonl", good[0], bad[0], good[1], bad[1], bad[2], good[2], bad[3])
-    code, _, err = run(capsys, "--input", str(source), "--output", str(tmp_path / "out.jsonl"), "--batch-size", "2")
+    source = write(tmp_path / "in.jsonl", good[0], bad[0], good[1], bad[1], bad[2], good[2], *bad[3:])
+    code, summary, err = run(capsys, "--input", str(source), "--output", str(tmp_path / "out.jsonl"))
     assert code == 0, err
     out = read(tmp_path / "out.jsonl")
-    assert [record["id"] for record in out] == ["a", "x", "b", "y", 5, "c", "z"]
-    errors = [record["error"] for record in out if "error" in record]
-    assert errors[0] == "thinking_budget: 2.5; a whole number >= -1 fits"
-    assert errors[1].startswith("budget: unknown field; one of id, messages, prompt")
-    assert errors[2].startswith("not valid JSON")
-    assert "tokens; at most 511 fit the context of 512" in errors[3]
-    summary = json.loads(err.strip().splitlines()[-1])
-    assert (summary["lines"], summary["errors"]) == (7, 4)
+    assert {record["id"]: record["line"] for record in out if "error" not in record} == {"a": 1, "b": 3, "c": 6}
+    errors = {record["line"]: record["error"] for record in out if "error" in record}
+    assert errors[2] == "thinking_budget: 2.5; a whole number >= -1 or 'auto' fits"
+    assert errors[4].startswith("budget: unknown field; one of id, messages, prompt")
+    assert errors[5].startswith("not valid JSON")
+    assert "tokens; at most 511 fit the context of 512" in errors[7]
+    assert errors[8] == 'id: "a" stands on line 1 too; another one fits'
+    assert errors[9] == "id: [1]; a string or a whole number fits"
+    answers = {record["id"]: record for record in out if "error" not in record}
+    assert answers["c"]["answer"] == answers["c"]["content"] == "8"
+    counts = json.loads(summary)
+    assert (counts["prompts"], counts["done"], counts["errors"]) == (3, 3, 6)
+    assert counts["thinking_ends"] == {"budget": 1, "off": 1, "natural": 1}
+    assert counts["tokens"] == sum(len(record["token_ids"]) for record in answers.values())
     for record in good:
         write(tmp_path / "one.jsonl", record)
+        (tmp_path / "one.out").unlink(missing_ok=True)
         run(capsys, "--input", str(tmp_path / "one.jsonl"), "--output", str(tmp_path / "one.out"))
-        assert read(tmp_path / "one.out") == [answer for answer in out if answer["id"] == record["id"]]
+        assert read(tmp_path / "one.out") == [{**answers[record["id"]], "line": 1}]
+
+
+def test_samples_and_logprobs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Several answers to a line are those of its seed's sample numbers; log-probabilities are per token."""
+    prompt = "Start with 3 and keep the last digit: +4 *7 +5 *3 +8 _ _ _ _ _ /no_think"
+    source = write(tmp_path / "in.jsonl", {"prompt": prompt, "temperature": 3.0, "top_k": 0, "top_p": 1.0})
+    output = ("--output", str(tmp_path / "out.jsonl"))
+    _, summary, _ = run(capsys, "--input", str(source), *output, "--samples", "6", "--logprobs")
+    out = sorted(read(tmp_path / "out.jsonl"), key=lambda record: record["sample"])
+    assert [(record["id"], record["sample"]) for record in out] == [(1, sample) for sample in range(6)]
+    assert len({record["content"] for record in out}) > 1
+    assert json.loads(summary)["samples"] == 6
+    for record in out:
+        assert len(record["logprobs"]) == len(record["forced"]) == len(record["token_ids"])
+        assert max(record["logprobs"]) <= 0
+        assert record["forced"] == [1] * 4 + [0] * (len(record["token_ids"]) - 4)
+    source = write(tmp_path / "again.jsonl", {**read(source)[0], "sample": 4})
+    run(capsys, "--input", str(source), "--output", str(tmp_path / "again.out"))
+    assert read(tmp_path / "again.out")[0]["token_ids"] == out[4]["token_ids"]
+
+
+def test_the_mode_may_be_left_to_the_question(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Off by default; a flag in the text goes before it; the rule that decided is in the answer."""
+    records = [
+        {"id": i, "prompt": text} for i, text in enumerate(["What is 2 + 3?", "Who was Ada?", "Who was Ada? /think"])
+    ]
+    source = write(tmp_path / "in.jsonl", *records)
+    run(capsys, "--input", str(source), "--output", str(tmp_path / "with.jsonl"), "--mode-by-query")
+    run(capsys, "--input", str(source), "--output", str(tmp_path / "without.jsonl"))
+    decided, plain = ({r["id"]: r for r in read(tmp_path / name)} for name in ("with.jsonl", "without.jsonl"))
+    assert [decided[i].get("mode_rule") for i in range(3)] == ["arithmetic", "look-up", None]
+    assert decided[1]["thinking_end"] == "off" != plain[1]["thinking_end"]
+    assert "mode_rule" not in plain[0]
+    assert {**decided[0], "mode_rule": 0} == {**plain[0], "mode_rule": 0}
 
 
 def test_strict_stops_before_anything_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -123,11 +178,17 @@ def test_strict_stops_before_anything_is_written(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--prompt", "x", "--thinking-budget", "-2"], "thinking_budget: -2; a whole number >= -1 fits"),
-        (["--prompt", "x", "--thinking-budget", "four"], "thinking_budget: 'four'; a whole number >= -1 fits"),
+        (["--prompt", "x", "--thinking-budget", "-2"], "thinking_budget: -2; a whole number >= -1 or 'auto' fits"),
+        (
+            ["--prompt", "x", "--thinking-budget", "four"],
+            "thinking_budget: 'four'; a whole number >= -1 or 'auto' fits",
+        ),
         (["--prompt", "x", "--thinking-budget", "4", "--max-new-tokens", "9"], "max_new_tokens: 9 leaves 9"),
         (["--prompt", "x", "--model", "/nowhere"], "tokenizer: '/nowhere' has none"),
+        (["--prompt", "x", "--mesh", "missing.yaml"], "config: 'missing.yaml' does not exist"),
         (["--input", "missing.jsonl"], "--input, --output: one without the other"),
+        (["--input", "in.jsonl", "--output", "out.jsonl", "--stream"], "--stream: with --input; --prompt fits"),
+        (["--input", "in.jsonl", "--output", "out.jsonl", "--samples", "0"], "--samples: 0; a number >= 1 fits"),
         (["--input", "missing.jsonl", "--output", "out.jsonl"], "input: 'missing.jsonl' does not exist"),
     ],
 )

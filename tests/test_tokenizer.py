@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import unicodedata
 from pathlib import Path
@@ -13,7 +14,16 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qwen3_jax.tokenizer import CHAT_MARKERS, SPECIAL_MARKERS, Tokenizer, load_tokenizer, train_sentencepiece
+import qwen3_jax
+from qwen3_jax.tokenizer import (
+    CHAT_MARKERS,
+    SPECIAL_MARKERS,
+    TextStream,
+    Tokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+    unfinished_bytes,
+)
 
 CORPUS = [
     "The cat sat on the mat.\n\n  It was 1234 years old, 你好!\n" * 20,
@@ -50,6 +60,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     directory = tmp_path_factory.mktemp("small")
     train_sentencepiece(CORPUS, directory / "tokenizer.model", 400)
     return load_tokenizer(directory)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Tokenizer:
+    return load_tokenizer(Path(qwen3_jax.__file__).parent / "assets" / "qwen3-tiny")
 
 
 @pytest.fixture(params=["qwen", "small"])
@@ -120,6 +135,7 @@ def test_ids_beyond_the_vocabulary_decode_to_nothing(either: Tokenizer) -> None:
     ids = [*either.encode("a"), either.num_tokens, either.num_tokens + 266, 2**31 - 1, *either.encode("b")]
     assert either.decode(ids) == "ab"
     assert either.decode(np.array(ids)) == "ab"
+    assert "".join(_streamed(either, ids, [1, 2], skip_special=False)) == "ab"
     assert either.decode([either.num_tokens - 1]) != ""
 
 
@@ -196,6 +212,132 @@ def test_qwen_facts(qwen: Tokenizer, text: str, ids: list[int]) -> None:
 
 def test_digits_stand_singly(either: Tokenizer) -> None:
     assert [either.decode([i]) for i in either.encode("12345")] == list("12345")
+
+
+# Bytes and streams
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=TEXTS)
+@example(text="👩‍👧 e\u0301 你好 \u2581\x00 ﷽ 🏳️‍🌈")
+def test_the_bytes_of_the_ids_spell_the_text(qwen: Tokenizer, small: Tokenizer, shipped: Tokenizer, text: str) -> None:
+    for tokenizer, written in (
+        (qwen, unicodedata.normalize("NFC", text)),
+        (small, text),
+        (shipped, text),
+    ):
+        pieces = tokenizer.token_bytes()
+        assert b"".join(pieces[i] for i in tokenizer.encode(text)) == written.encode()
+
+
+def test_token_bytes_are_what_single_ids_decode_to(qwen: Tokenizer, shipped: Tokenizer) -> None:
+    for tokenizer in (qwen, shipped):
+        for skip_special in (False, True):
+            pieces = tokenizer.token_bytes(skip_special)
+            assert [piece.decode(errors="replace") for piece in pieces] == [
+                tokenizer.decode([i], skip_special) for i in range(tokenizer.num_tokens)
+            ]
+
+
+def test_qwen_token_bytes_counted(qwen: Tokenizer) -> None:
+    pieces = qwen.token_bytes()
+    assert len(pieces) == 151669
+    assert sum(piece.endswith(b"\n") for piece in pieces) == 2178
+    assert sum(piece.endswith(b"\n\n") for piece in pieces) == 564
+    assert sum(unfinished_bytes(piece) > 0 for piece in pieces) == 1271
+
+
+def test_token_bytes_of_gaps_and_of_sentencepieces_byte_pieces(small: Tokenizer, tmp_path: Path) -> None:
+    bare = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "Ġ": 1, "c": 4}, merges=[]))
+    bare.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).token_bytes() == [b"a", b" ", b"", b"", b"c"]
+    bare.add_tokens(["\u00e9 Ġ"])  # an added token is text, not spelled bytes
+    bare.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).token_bytes()[3] == "\u00e9 Ġ".encode()
+    pieces = small.token_bytes()
+    assert pieces[small.token_id("<0xE4>") or 0] == b"\xe4"
+    assert pieces[0] == b""  # <unk>
+    assert b" " in pieces
+
+
+def test_a_vocabulary_not_of_bytes_is_refused(tmp_path: Path) -> None:
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"\u2581a": 0}, merges=[])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="tokenizer: '\u2581a' spells no bytes; a byte-level vocabulary fits"):
+        load_tokenizer(tmp_path).token_bytes()
+
+
+def _streamed(tokenizer: Tokenizer, ids: list[int], cuts: list[int], skip_special: bool) -> list[str]:
+    """What a stream returns for `ids` cut at `cuts`."""
+    stream = TextStream(tokenizer, skip_special)
+    bounds = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
+    deltas = [stream.push(ids[start:stop]) for start, stop in itertools.pairwise(bounds)]
+    return [*deltas, stream.flush()]
+
+
+@pytest.fixture(scope="module")
+def pools(qwen: Tokenizer, shipped: Tokenizer) -> list[tuple[Tokenizer, range, list[int]]]:
+    """Each tokenizer with all its ids, and with those that hold a part of a character."""
+    return [
+        (
+            tokenizer,
+            range(tokenizer.num_tokens),
+            [i for i, piece in enumerate(tokenizer.token_bytes()) if unfinished_bytes(piece)],
+        )
+        for tokenizer in (qwen, shipped)
+    ]
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    parts=st.lists(TEXTS | st.tuples(st.booleans(), st.integers(0, 2**20))),
+    cuts=st.lists(st.integers(0, 30), max_size=8),
+    skip_special=st.booleans(),
+)
+def test_edge_52_the_deltas_of_a_stream_are_the_text(
+    pools: list[tuple[Tokenizer, range, list[int]]],
+    parts: list[str | tuple[bool, int]],
+    cuts: list[int],
+    skip_special: bool,
+) -> None:
+    """Any ids in any cut: parts of characters, bytes that are no UTF-8, markers."""
+    for tokenizer, all_ids, parts_of_characters in pools:
+        ids = []
+        for part in parts:
+            if isinstance(part, str):
+                ids += tokenizer.encode(part)
+            else:
+                pool = parts_of_characters if part[0] else all_ids
+                ids.append(pool[part[1] % len(pool)])
+        deltas = _streamed(tokenizer, ids, cuts, skip_special)
+        assert "".join(deltas) == tokenizer.decode(ids, skip_special)
+
+
+def test_edge_52_forced_ids_come_in_their_order(either: Tokenizer) -> None:
+    thought, answer = either.encode("<think>\nSo 你"), either.encode("4")
+    ids = [*thought, *either.encode(STOP_TEXT), *answer]
+    deltas = _streamed(either, ids, list(range(len(ids))), skip_special=True)
+    assert "".join(deltas) == f"<think>\nSo 你{STOP_TEXT}4"
+
+
+def test_a_stream_holds_back_a_character_until_it_is_whole(shipped: Tokenizer) -> None:
+    one_by_one = [[i] for i in shipped.encode("a😀b")]
+    assert len(one_by_one) == 6
+    stream = TextStream(shipped)
+    assert [stream.push(ids) for ids in one_by_one] == ["a", "", "", "", "😀", "b"]
+    assert stream.flush() == ""
+    assert [stream.push(ids) for ids in one_by_one[:3]] == ["a", "", ""]
+    assert stream.flush() == "\ufffd"
+    assert stream.push(one_by_one[0]) == "a"  # nothing is left of what was flushed
+
+
+def test_bytes_that_are_no_text_decode_alike(qwen: Tokenizer, shipped: Tokenizer) -> None:
+    for broken in (b"\xe2\x82", b"\xf0\x9f\x98a", b"\x80\x80", b"\xe0\x80", b"\xc0\xaf", b"\xed\xa0\x80", b"\xf5\x80"):
+        decoded = []
+        for tokenizer in (qwen, shipped):
+            pieces = tokenizer.token_bytes()
+            byte_ids = [pieces.index(bytes([byte])) for byte in broken]
+            decoded.append(tokenizer.decode(byte_ids))
+        assert decoded == [broken.decode(errors="replace")] * 2
 
 
 # Loading and training

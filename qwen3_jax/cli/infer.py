@@ -3,67 +3,146 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
+from qwen3_jax.cli.config_file import load_config
 from qwen3_jax.cli.errors import exits_cleanly
-from qwen3_jax.cli.progress import decoding_progress
+from qwen3_jax.cli.progress import file_progress
 from qwen3_jax.serve import Engine, shipped_model
 from qwen3_jax.serve.files import decode_file
+from sharding import MeshConfig, make_mesh, start_processes
+
+_SETTINGS = (
+    *("thinking_budget", "auto_threshold", "auto_cap", "grace", "max_new_tokens", "temperature", "top_p", "top_k"),
+    *("min_p", "presence_penalty", "frequency_penalty", "seed", "stop"),
+)
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
     """Decodes on a thinking budget. Sampling settings default to Qwen3's own, by mode."""
+    args = _parser().parse_args(argv)
+    if (args.input is None) != (args.output is None):
+        raise ValueError("--input, --output: one without the other; both or neither fit")
+    for name, given in (("--stream", args.stream), ("--json", args.json)):
+        if given and args.prompt is None:
+            raise ValueError(f"{name}: with --input; --prompt fits")
+    for name, value in (("--batch-size", args.batch_size), ("--samples", args.samples)):
+        if value < 1:
+            raise ValueError(f"{name}: {value}; a number >= 1 fits")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "qwen3-jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    start_processes()
+
+    defaults = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+    if args.no_thinking:
+        defaults["enable_thinking"] = False
+    if args.mode_by_query:
+        defaults["mode_by_query"] = True
+    # Each process decodes its own share of the lines on its own devices.
+    mesh = args.mesh and make_mesh(load_config(MeshConfig, args.mesh), jax.local_devices())
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        engine = Engine.load(args.model, dtype=args.dtype, mesh=mesh)
+        if args.prompt is not None:
+            _prompt(engine, args, defaults)
+        else:
+            _file(engine, args, defaults)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="infer.py", description=main.__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one user turn; /think and /no_think are obeyed")
     what.add_argument("--input", type=Path, help="JSONL: id, messages or prompt, and any of the settings below")
-    parser.add_argument("--output", type=Path, help="JSONL of answers, in the order of --input")
+    parser.add_argument(
+        "--output", type=Path, help="JSONL of answers, each as it is done; one begun before is completed"
+    )
     parser.add_argument("--model", type=Path, default=shipped_model(), help="directory; default: the model that ships")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
-    parser.add_argument("--thinking-budget", type=_number, help="most thinking tokens; -1 (default) is unlimited")
-    parser.add_argument("--no-thinking", action="store_true", help="put the empty thought into the prompt")
-    parser.add_argument("--max-new-tokens", type=_number, default=1024, help="default: %(default)s, or what fits")
-    parser.add_argument("--temperature", type=_number, help="0 is greedy")
-    parser.add_argument("--top-p", type=_number)
-    parser.add_argument("--top-k", type=_number, help="0 is off")
-    parser.add_argument("--min-p", type=_number)
-    parser.add_argument("--seed", type=_number, help="default: 0")
-    parser.add_argument("--batch-size", type=int, default=64, help="rows decoded together (default: %(default)s)")
-    parser.add_argument("--strict", action="store_true", help="stop at a bad line, before anything is decoded")
-    parser.add_argument("--json", action="store_true", help="print the answer to --prompt as a record")
-    args = parser.parse_args(argv)
-    if (args.input is None) != (args.output is None):
-        raise ValueError("--input, --output: one without the other; both or neither fit")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size: {args.batch_size}; a number >= 1 fits")
+    parser.add_argument("--mesh", type=Path, help="YAML of mesh axes; rows, weights and cache are sharded over them")
 
-    names = ("thinking_budget", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
-    defaults = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.no_thinking:
-        defaults["enable_thinking"] = False
-    engine = Engine.load(args.model, dtype=args.dtype)
-    if args.prompt is not None:
-        result = engine.generate([engine.request({"prompt": args.prompt}, defaults)])[0]
-        print(json.dumps(engine.response(result), ensure_ascii=False) if args.json else engine.text(result))
-        return
+    budget = parser.add_argument_group("thinking")
+    budget.add_argument(
+        "--thinking-budget", type=_number, help="most thinking tokens; -1 (default) is unlimited; or auto"
+    )
+    budget.add_argument("--auto-threshold", type=_number, help="auto: probability of </think> that ends the thought")
+    budget.add_argument("--auto-cap", type=_number, help="auto: most thinking tokens; default: what leaves an answer")
+    budget.add_argument("--grace", type=_number, help="tokens beyond the budget that may go by until a line ends")
+    budget.add_argument("--no-thinking", action="store_true", help="put the empty thought into the prompt")
+    budget.add_argument(
+        "--mode-by-query", action="store_true", help="questions that look something up are not thought on"
+    )
+
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max-new-tokens", type=_number, default=1024, help="default: %(default)s, or what fits")
+    sampling.add_argument("--temperature", type=_number, help="0 is greedy")
+    sampling.add_argument("--top-p", type=_number)
+    sampling.add_argument("--top-k", type=_number, help="0 is off")
+    sampling.add_argument("--min-p", type=_number)
+    sampling.add_argument("--presence-penalty", type=_number)
+    sampling.add_argument("--frequency-penalty", type=_number)
+    sampling.add_argument("--stop", action="append", help="text that ends the answer; may be given several times")
+    sampling.add_argument("--seed", type=_number, help="default: 0")
+
+    one = parser.add_argument_group("with --prompt")
+    one.add_argument("--stream", action="store_true", help="print the text as it comes, the thought dimmed")
+    one.add_argument("--json", action="store_true", help="print the answer as a record")
+    many = parser.add_argument_group("with --input")
+    many.add_argument("--samples", type=int, default=1, help="answers to each line (default: %(default)s)")
+    many.add_argument("--logprobs", action="store_true", help="add the log-probability of each token")
+    many.add_argument("--batch-size", type=int, default=64, help="rows decoded together (default: %(default)s)")
+    many.add_argument("--strict", action="store_true", help="stop at a bad line, before anything is decoded")
+    return parser
+
+
+def _prompt(engine: Engine, args: argparse.Namespace, defaults: dict[str, object]) -> None:
+    job = engine.job({"prompt": args.prompt}, defaults)
+    console = Console(highlight=False, soft_wrap=True)
+
+    def emit(text: str, in_thought: bool) -> None:
+        if args.stream:
+            console.print(text, style="dim" if in_thought else "", end="", markup=False)
+
+    result = engine.stream(job, emit)
+    if args.json:
+        print(json.dumps(engine.response(result, job), ensure_ascii=False))
+    elif not args.stream:
+        print(engine.text(result, job.stop))
+    else:
+        print()
+
+
+def _file(engine: Engine, args: argparse.Namespace, defaults: dict[str, object]) -> None:
+    part, parts = jax.process_index(), jax.process_count()
+    output = args.output if parts == 1 else args.output.with_name(f"{args.output.name}-{part:05d}-of-{parts:05d}")
+    settings = {**defaults, "model": str(args.model.resolve()), "dtype": args.dtype, "logprobs": args.logprobs}
     console = Console(stderr=True)
-    with decoding_progress(console) as report:
-        counts = decode_file(
+    with file_progress(console) as report:
+        tally = decode_file(
             engine,
             args.input,
-            args.output,
+            output,
+            settings=settings,
             defaults=defaults,
-            batch_size=args.batch_size,
+            rows=args.batch_size,
+            samples=args.samples,
+            logprobs=args.logprobs,
             strict=args.strict,
-            progress=report,
+            part=(part, parts),
+            report=report,
+            announce=lambda text: console.print(text, style="dim", markup=False, highlight=False),
         )
-    print(json.dumps({"output": str(args.output), **counts}), file=sys.stderr)
+    print(json.dumps({"output": str(output), **tally.summary()}))
+    sys.stdout.flush()
 
 
 def _number(text: str) -> int | float | str:

@@ -1,4 +1,4 @@
-"""The progress bar of batch decoding."""
+"""The progress bars of decoding."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from qwen3_jax.serve.files import Tally
 
-@contextmanager
-def decoding_progress(console: Console) -> Iterator[Callable[[int, int, int], None]]:
-    """A bar fed by `report(rows done, rows, tokens written)`."""
+
+def _bar(console: Console) -> Progress:
     columns = (
         TextColumn("decoded"),
         MofNCompleteColumn(),
@@ -22,12 +22,34 @@ def decoding_progress(console: Console) -> Iterator[Callable[[int, int, int], No
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
+    return Progress(*columns, console=console)
+
+
+@contextmanager
+def decoding_progress(console: Console) -> Iterator[Callable[[int, int, int], None]]:
+    """A bar for one batch, fed by `report(rows done, rows, tokens written)`."""
     start = time.perf_counter()
-    with Progress(*columns, console=console) as progress:
+    with _bar(console) as progress:
         task = progress.add_task("", total=None, status="compiling")
 
         def report(done: int, total: int, tokens: int) -> None:
             rate = tokens / (time.perf_counter() - start)
             progress.update(task, completed=done, total=total, status=f"{tokens:,} tokens, {rate:,.0f} tokens/s")
+
+        yield report
+
+
+@contextmanager
+def file_progress(console: Console) -> Iterator[Callable[[Tally], None]]:
+    """A bar for a file of prompts."""
+    with _bar(console) as progress:
+        task = progress.add_task("", total=None, status="reading")
+
+        def report(tally: Tally) -> None:
+            status = (
+                f"{tally.tokens:,} tokens, {tally.tokens_per_second:,.0f}/s, {tally.thinking_share:.0%} thinking, "
+                f"{tally.thinking_ends['budget']} cut, {tally.slot_utilisation:.0%} of slots in use"
+            )
+            progress.update(task, completed=tally.resumed + tally.done, total=tally.samples, status=status)
 
         yield report

@@ -1,16 +1,90 @@
-"""JSONL in, JSONL out."""
+"""JSONL in, JSONL out, for runs of millions of lines: rows are refilled, and a run that dies goes on."""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from qwen3_jax.decode import Request
-from qwen3_jax.serve.engine import Engine
+from qwen3_jax.decode import Pool, Result, check_request
+from qwen3_jax.serve.engine import Engine, Job
+from qwen3_jax.serve.output import Output
+from sharding import num_parts
+
+
+@dataclasses.dataclass
+class Tally:
+    """What a run has done.
+
+    prompts: lines to be answered. samples: answers asked for. resumed: answers an earlier run had written.
+    done: answers written now. errors: lines that could not be answered. tokens: written now, rows in flight included.
+    thinking_tokens, injected_tokens, answer_tokens: of the answers written now.
+    thinking_ends: how the thoughts of these answers ended, and how many each way.
+    seconds: since decoding began, and of these `compile_seconds` for `compilations` programs.
+    slot_utilisation: share of the places of all steps that held a running row, 0 to 1.
+    """
+
+    prompts: int = 0
+    samples: int = 0
+    resumed: int = 0
+    done: int = 0
+    errors: int = 0
+    tokens: int = 0
+    thinking_tokens: int = 0
+    injected_tokens: int = 0
+    answer_tokens: int = 0
+    thinking_ends: Counter[str] = dataclasses.field(default_factory=Counter)
+    seconds: float = 0.0
+    compilations: int = 0
+    compile_seconds: float = 0.0
+    slot_utilisation: float = 1.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens written for each second not spent compiling."""
+        return self.tokens / max(self.seconds - self.compile_seconds, 1e-9)
+
+    @property
+    def thinking_share(self) -> float:
+        """Thinking tokens among those of the answers written."""
+        return self.thinking_tokens / max(self.thinking_tokens + self.injected_tokens + self.answer_tokens, 1)
+
+    def add(self, result: Result) -> None:
+        """Counts one answer."""
+        self.done += 1
+        self.thinking_tokens += result.thinking_tokens
+        self.injected_tokens += result.injected_tokens
+        self.answer_tokens += result.answer_tokens
+        self.thinking_ends[result.thinking_end] += 1
+
+    def summary(self) -> dict[str, Any]:
+        """All of it as JSON."""
+        values = {**vars(self), "thinking_share": self.thinking_share, "tokens_per_second": self.tokens_per_second}
+        return {name: round(value, 4) if isinstance(value, float) else value for name, value in values.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    """Where a line stands in the file, and the sizes that batching needs."""
+
+    number: int
+    offset: int
+    key: str
+    prompt: int
+    limit: int
+
+
+class _Place(NamedTuple):
+    """Which answer to which line; `answer` is the line's own, to compare with."""
+
+    line: _Line
+    sample: int
+    answer: Any
 
 
 def decode_file(
@@ -18,82 +92,145 @@ def decode_file(
     source: Path,
     target: Path,
     *,
+    settings: Mapping[str, Any],
     defaults: Mapping[str, Any],
-    batch_size: int,
-    strict: bool,
-    progress: Callable[[int, int, int], None],
-) -> dict[str, int]:
-    """Answers every line of `source`, in order, in `target`, which appears when all of it is there.
+    rows: int,
+    samples: int = 1,
+    logprobs: bool = False,
+    strict: bool = False,
+    part: tuple[int, int] = (0, 1),
+    report: Callable[[Tally], None] = lambda tally: None,
+    announce: Callable[[str], None] = lambda text: None,
+) -> Tally:
+    """Answers every line of `source` in `target`, each as it is done, long prompts first.
 
-    A line that cannot be answered becomes `{"id", "line", "error"}`, and the others go on.
+    Answers that `target` holds already are kept and not decoded again. A line that cannot be answered becomes
+    `{"id", "line", "error"}`, and the others go on.
 
     Args:
-      strict: refuse the whole file for one such line, before anything is decoded.
-      progress: called with (lines done, lines, tokens written so far).
-
-    Returns:
-      Counts: lines, errors, and tokens by kind.
+      settings: what the answers depend on besides the input file, see `Output`.
+      rows: places that decode together.
+      samples: answers to each line, numbered from the line's `sample` on.
+      logprobs: adds `logprobs` and `forced` to each answer.
+      strict: refuse the whole file for one bad line, before anything is decoded.
+      part: `(i, n)` answers the i-th of n shares of the lines.
+      report: called whenever the loop is left. announce: called with lines for the log.
 
     Raises:
-      ValueError: for a file that is not there, or in strict mode `file:line: field: value; what would fit`.
+      ValueError: for a file that is not there or not ours, or in strict mode `file:line: field: value; what would fit`.
     """
     if not source.is_file():
         raise ValueError(f"input: {str(source)!r} does not exist; a JSONL file fits")
-    if not target.parent.is_dir():
-        raise ValueError(f"output: {str(target.parent)!r} is not a directory; a file in one fits")
-    lines = [line for line in enumerate(source.read_text(encoding="utf-8").split("\n"), 1) if line[1].strip()]
-    parsed: list[tuple[Any, Request | None, dict[str, Any]]] = []
-    for number, line in lines:
-        record_id: Any = number
-        try:
-            record = _parse(line)
-            record_id = record.get("id", number)
-            parsed.append((record_id, engine.request(record, defaults), {}))
-        except ValueError as error:
-            if strict:
-                raise ValueError(f"{source}:{number}: {error}") from None
-            parsed.append((record_id, None, {"id": record_id, "line": number, "error": str(error)}))
+    lines, errors, digest = _index(engine, source, defaults, strict, part)
+    tally = Tally(prompts=len(lines), samples=len(lines) * samples, errors=len(errors))
+    with Output(target, {**settings, "samples": samples, "input_sha256": digest}) as output:
+        for error in errors:
+            if (json.dumps(error["id"]), None) not in output.done:
+                output.write(error)
+        waiting = [
+            (line, sample) for line in lines for sample in range(samples) if (line.key, sample) not in output.done
+        ]
+        tally.resumed = tally.samples - len(waiting)
+        if not waiting:
+            return tally
+        # Long prompts first: what does not fit fails at once, and the cache's prompt slots only ever shrink.
+        waiting.sort(key=lambda item: -item[0].prompt)
 
-    counts = dict.fromkeys(("lines", "errors", "thinking_tokens", "injected_tokens", "answer_tokens"), 0)
-    counts["lines"] = len(parsed)
-    written = 0
-    partial = target.with_name(target.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for start in range(0, len(parsed), batch_size):
-            batch = parsed[start : start + batch_size]
-            requests = [request for _, request, _ in batch if request is not None]
+        def compiled(what: str, seconds: float) -> None:
+            tally.compilations += 1
+            tally.compile_seconds += seconds
+            announce(f"compiled {what} in {seconds:.1f} s")
 
-            failed = len(batch) - len(requests)
-            report = functools.partial(_report, progress, start + failed, len(parsed), written)
-            results = iter(engine.generate(requests, report))
-            for record_id, request, refusal in batch:
-                if request is None:
-                    counts["errors"] += 1
-                    record = refusal
-                else:
-                    result = next(results)
-                    record = {"id": record_id, **engine.response(result)}
-                    written += len(result.token_ids)
-                    for name in ("thinking_tokens", "injected_tokens", "answer_tokens"):
-                        counts[name] += record[name]
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            progress(start + len(batch), len(parsed), written)
-    os.replace(partial, target)
-    return counts
+        while rows >= 2 * max(len(waiting), num_parts("batch")) and rows % (2 * num_parts("batch")) == 0:
+            rows //= 2  # a short file does not need all the places
+        pool = engine.pool(rows, max(line.limit for line, _ in waiting), announce=compiled)
+        with source.open("rb") as file:
+            _decode(engine, pool, _jobs(engine, file, waiting, defaults), output, tally, logprobs, report)
+    return tally
 
 
-def _report(
-    progress: Callable[[int, int, int], None], before: int, lines: int, written: int, done: int, _: int, tokens: int
+def _decode(
+    engine: Engine,
+    pool: Pool,
+    jobs: Iterator[tuple[Hashable, Job]],
+    output: Output,
+    tally: Tally,
+    logprobs: bool,
+    report: Callable[[Tally], None],
 ) -> None:
-    """One batch's progress as progress over the file."""
-    progress(before + done, lines, written + tokens)
+    start = time.perf_counter()
+    for finished in engine.run(pool, jobs):
+        for key, job, result in finished:
+            assert isinstance(key, _Place)
+            record = {"id": json.loads(key.line.key), "line": key.line.number, "sample": key.sample}
+            record |= engine.response(result, job)
+            if key.answer is not None:
+                record["answer"] = key.answer
+            if logprobs:
+                record["logprobs"] = [round(value, 6) for value in result.logprobs]
+                record["forced"] = [int(value) for value in result.forced]
+            output.write(record)
+            tally.add(result)
+        tally.seconds = time.perf_counter() - start
+        tally.slot_utilisation = pool.load.utilisation
+        tally.tokens = pool.load.tokens
+        report(tally)
 
 
-def _parse(line: str) -> dict[str, Any]:
+def _jobs(
+    engine: Engine, file: Any, waiting: list[tuple[_Line, int]], defaults: Mapping[str, Any]
+) -> Iterator[tuple[Hashable, Job]]:
+    """Reads each line again when its turn comes: the file's requests need not fit into memory."""
+    for line, sample in waiting:
+        file.seek(line.offset)
+        record = json.loads(file.readline())
+        job = engine.job(record, defaults)
+        request = dataclasses.replace(job.request, sample=job.request.sample + sample)
+        yield _Place(line, sample, record.get("answer")), dataclasses.replace(job, request=request)
+
+
+def _index(
+    engine: Engine, source: Path, defaults: Mapping[str, Any], strict: bool, part: tuple[int, int]
+) -> tuple[list[_Line], list[dict[str, Any]], str]:
+    """The lines of this part that can be answered, error records for those that cannot, and the file's SHA-256."""
+    lines, errors = [], []
+    ids: dict[str, int] = {}
+    digest, offset, count = hashlib.sha256(), 0, 0
+    with source.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            digest.update(line)
+            start, offset = offset, offset + len(line)
+            if not line.strip():
+                continue
+            ours, count = count % part[1] == part[0], count + 1
+            record_id: Any = number
+            try:
+                record = _parse(line)
+                record_id = record.get("id", number)
+                key = json.dumps(record_id)
+                if key in ids:
+                    raise ValueError(f"id: {key} stands on line {ids[key]} too; another one fits")
+                ids[key] = number
+                if not ours:
+                    continue
+                request = engine.job(record, defaults).request
+                limit = check_request(request, engine.config, engine.tokens)
+                lines.append(_Line(number, start, key, len(request.prompt_ids), limit))
+            except ValueError as error:
+                if strict:
+                    raise ValueError(f"{source}:{number}: {error}") from None
+                if ours:
+                    errors.append({"id": record_id, "line": number, "error": str(error)})
+    return lines, errors, digest.hexdigest()
+
+
+def _parse(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"not valid JSON ({error})") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{line.strip()[:40]!r}: not a JSON object")
+        raise ValueError(f"{line.decode(errors='replace').strip()[:40]!r}: not a JSON object")
+    if not isinstance(record.get("id", 0), str | int):
+        raise ValueError(f"id: {record['id']!r:.40}; a string or a whole number fits")
     return record

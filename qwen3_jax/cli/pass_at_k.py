@@ -1,0 +1,35 @@
+"""`qwen3-jax pass-at-k FILE`: how often k samples hold a right answer."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from qwen3_jax.evaluate.pass_at_k import plot_pass_at_k, score_file
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `pass-at-k`."""
+    parser.add_argument("file", type=Path, help="answers of infer.py to an --input whose lines have an `answer`")
+    parser.add_argument("--plot", type=Path, help="PNG of pass@k over k")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the table."""
+    console = Console(highlight=False)
+    score = score_file(args.file)
+    least, most = score.samples
+    samples = f"{least}" if least == most else f"{least} to {most}"
+    console.print(
+        f"{score.prompts} prompts ({score.refused} refused), {samples} samples each, mean accuracy {score.accuracy:.3f}"
+    )
+    table = Table("k", "pass@k", box=None)
+    for k, value in score.pass_at.items():
+        table.add_row(f"{k}", f"{value:.3f}")
+    console.print(table)
+    if args.plot is not None:
+        plot_pass_at_k(score, args.plot, f"{args.file.name}, {score.prompts} prompts")
+        console.print(f"plot: {args.plot}", markup=False)

@@ -1,0 +1,94 @@
+"""A file of answers that only grows, so that a run that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class Output:
+    """JSON lines appended to `path`, each in one write; the lines of an earlier run are kept.
+
+    A process that dies at any moment leaves whole lines, and perhaps the beginning of one more, which is cut off when
+    the file is opened again. Two processes cannot have it open at once.
+
+    settings: what the answers depend on; kept in `<path>.run.json`, so that a file is not continued under others.
+    done: `(id, sample)` of the answers that are there, ids as JSON text; `(id, None)` for a line that was refused.
+
+    Raises:
+      ValueError: a file in use by another process, with lines that are not ours, or begun under other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        if not path.parent.is_dir():
+            raise ValueError(f"output: {str(path.parent)!r} is not a directory; a file in one fits")
+        self.path = path
+        self._file = path.open("a+b", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise ValueError(f"output: {str(path)!r} is being written by another process; another file fits") from None
+        try:
+            self.done = self._read()
+            self._check(settings)
+        except ValueError:
+            self._file.close()
+            raise
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one line."""
+        line = memoryview(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        while line:
+            line = line[self._file.write(line) :]
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _read(self) -> set[tuple[str, int | None]]:
+        done: set[tuple[str, int | None]] = set()
+        self._file.seek(0)
+        whole = 0
+        with open(self._file.fileno(), "rb", closefd=False) as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.endswith(b"\n"):
+                    break
+                whole += len(line)
+                try:
+                    record = json.loads(line)
+                    done.add((json.dumps(record["id"]), record["sample"] if "error" not in record else None))
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(
+                        f"output: {str(self.path)!r} exists, and line {number} is not an answer; another file fits"
+                    ) from None
+        self._file.truncate(whole)
+        return done
+
+    def _check(self, settings: Mapping[str, Any]) -> None:
+        path = self.path.with_name(self.path.name + ".run.json")
+        if not self.done:
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            os.replace(partial, path)
+            return
+        if not path.is_file():
+            raise ValueError(f"output: {str(self.path)!r} exists, without its {path.name!r}; another file fits")
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        now = json.loads(json.dumps(settings))
+        for name in {**begun, **now}:
+            if begun.get(name) != now.get(name):
+                raise ValueError(
+                    f"output: {str(self.path)!r} was begun with {name} {begun.get(name)!r}, not {now.get(name)!r}; "
+                    "the same, or another file, fits"
+                )
