@@ -10,6 +10,12 @@ from sharding.mesh import MeshConfig, make_mesh
 from sharding.processes import start_processes
 
 __all__ = [
-    *("AXIS_RULES", "constrain", "named_shardings", "num_parts", "partition_spec"),
-    *("MeshConfig", "make_mesh", "start_processes"),
+    "AXIS_RULES",
+    "MeshConfig",
+    "constrain",
+    "make_mesh",
+    "named_shardings",
+    "num_parts",
+    "partition_spec",
+    "start_processes",
 ]

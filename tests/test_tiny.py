@@ -35,10 +35,10 @@ def test_it_is_what_the_preset_says_and_small(engine: Engine) -> None:
 
 
 def test_accuracy_rises_with_every_budget_of_the_demo(engine: Engine, problems: list[Problem]) -> None:
-    points = budget_curve(engine, problems, BUDGETS)
+    points = budget_curve(engine, problems, [{"thinking_budget": budget} for budget in BUDGETS])
     accuracies = [point.accuracy for point in points]
     assert all(a < b for a, b in itertools.pairwise(accuracies)), accuracies
-    assert all(point.thinking_tokens <= point.budget for point in points)
+    assert all(point.thinking_tokens <= budget for point, budget in zip(points, BUDGETS, strict=True))
 
 
 def test_thinking_solves_held_out_problems_and_non_thinking_does_not(engine: Engine, problems: list[Problem]) -> None:

@@ -1,20 +1,25 @@
-"""`qwen3-jax demo`: the review's example, the modes, and accuracy against the budget, on the model that ships."""
+"""`qwen3-jax demo`: the review's example, the modes, and accuracy against fixed and automatic budgets, on the model
+that ships."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from qwen3_jax.cli.progress import decoding_progress
 from qwen3_jax.data.arithmetic import held_out_chains
-from qwen3_jax.evaluate.budget_curve import budget_curve, plot_budget_curve
+from qwen3_jax.evaluate.budget_curve import Point, budget_curve, plot_budget_curve, plot_cost
 from qwen3_jax.serve import Engine, shipped_model
 
 # B = 1 buys the newline after <think> and no thought yet.
 BUDGETS = (0, 2, 3, 4, 5, 6, 7, 8, 9, 11)
+# From "the model all but excludes </think>" to the default.
+THRESHOLDS = (3e-7, 1e-6, 2e-6, 4e-6, 1e-5, 0.25)
 NUM_PROBLEMS = 200
 PROBLEM_SEED = 2025
 
@@ -26,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Shows all three."""
+    """Shows all four."""
     console = Console(highlight=False)
     engine = Engine.load(args.model)
     examples = (
@@ -50,11 +55,26 @@ def run(args: argparse.Namespace) -> None:
         f"(c) {NUM_PROBLEMS} held-out problems of 1 to 10 steps, {len(BUDGETS)} budgets, one batch", align="left"
     )
     problems = held_out_chains(NUM_PROBLEMS, PROBLEM_SEED)
+    settings: list[dict[str, Any]] = [{"thinking_budget": budget} for budget in BUDGETS]
+    settings += [{"thinking_budget": "auto", "auto_threshold": threshold} for threshold in THRESHOLDS]
     with decoding_progress(console) as report:
-        points = budget_curve(engine, problems, BUDGETS, progress=report)
-    table = Table("budget B", "accuracy", "mean thinking tokens", "thoughts cut", box=None)
-    for point in points:
-        table.add_row(f"{point.budget}", f"{point.accuracy:.3f}", f"{point.thinking_tokens:.2f}", f"{point.cut:.0%}")
-    console.print(table)
-    plot_budget_curve(points, args.plot, f"qwen3-tiny, {NUM_PROBLEMS} held-out problems")
+        points = budget_curve(engine, problems, settings, progress=report)
+    fixed, automatic = points[: len(BUDGETS)], points[len(BUDGETS) :]
+    title = f"qwen3-tiny, {NUM_PROBLEMS} held-out problems"
+    console.print(_table("budget B", fixed))
+    plot_budget_curve(fixed, args.plot, title)
     console.print(f"plot: {args.plot}")
+    console.rule(
+        "(d) the same problems on automatic budgets: the thought ends at this probability of </think>", align="left"
+    )
+    console.print(_table("threshold", automatic))
+    cost = args.plot.with_name(args.plot.stem + "-auto" + args.plot.suffix)
+    plot_cost(fixed, automatic, cost, title)
+    console.print(f"plot: {cost}")
+
+
+def _table(title: str, points: Sequence[Point]) -> Table:
+    table = Table(title, "accuracy", "mean thinking tokens", "thoughts cut", box=None)
+    for point in points:
+        table.add_row(point.label, f"{point.accuracy:.3f}", f"{point.thinking_tokens:.2f}", f"{point.cut:.0%}")
+    return table

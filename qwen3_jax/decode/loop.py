@@ -101,7 +101,9 @@ def write_token(state: DecodeState, logits_BV: jax.Array, rows: Rows, markers: M
     sampled_B = choose(logits_BV, allowed_BV, state.counts_BV, rows.sampling, position_B)
     # Forcing comes after everything that shapes the distribution, so log-probabilities are taken before all of it.
     total_B = jax.nn.logsumexp(logits_BV, axis=-1)
-    end_prob_B = jnp.exp(logits_BV[:, markers.end_think] - total_B)
+    # A sum, not an index: over logits that are sharded along V, an index would gather them all.
+    is_end_V = jnp.arange(logits_BV.shape[-1]) == markers.end_think
+    end_prob_B = jnp.exp(jnp.where(is_end_V, logits_BV, 0).sum(axis=-1) - total_B)
     new_budget, token_B, forced_B = advance(budget, sampled_B, state.last_B, end_prob_B, rows.limits, markers)
     logprob_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0] - total_B
 

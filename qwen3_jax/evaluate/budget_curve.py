@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,50 +13,51 @@ from qwen3_jax.serve import Engine
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One budget: the share of problems answered rightly, and per problem the tokens sampled while thinking."""
+    """One setting of the budget: the share of problems answered rightly, and per problem the tokens sampled while
+    thinking. `cut` is the share of thoughts that did not end by themselves."""
 
-    budget: int
+    settings: Mapping[str, Any]
     accuracy: float
     thinking_tokens: float
     cut: float
+
+    @property
+    def label(self) -> str:
+        """The budget, or an automatic budget's threshold."""
+        budget = self.settings["thinking_budget"]
+        return f"{self.settings['auto_threshold']:g}" if budget == "auto" else f"{budget}"
 
 
 def budget_curve(
     engine: Engine,
     problems: Sequence[Problem],
-    budgets: Sequence[int],
+    settings: Sequence[Mapping[str, Any]],
     *,
     seed: int = 0,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> list[Point]:
-    """Every problem under every budget, all in one batch: budgets are data of the compiled program."""
+    """Every problem under every setting (fields of a Request, `thinking_budget` among them), all in one batch: budgets
+    are data of the compiled program."""
     longest = max(len(problem.steps) for problem in problems)
     # Both modes' markers and newlines, the stop text, and an answer of a few tokens.
     max_new_tokens = longest + len(engine.tokens.stop_ids) + 12
     requests = [
-        engine.request(
-            {
-                "prompt": problem.question,
-                "thinking_budget": budget,
-                "max_new_tokens": max_new_tokens,
-                "seed": seed + i,
-            }
-        )
-        for budget in budgets
+        engine.request({"prompt": problem.question, "max_new_tokens": max_new_tokens, "seed": seed + i, **fields})
+        for fields in settings
         for i, problem in enumerate(problems)
     ]
     results = engine.generate(requests, progress)
     points = []
-    for b, budget in enumerate(budgets):
-        part = results[b * len(problems) : (b + 1) * len(problems)]
+    for i, fields in enumerate(settings):
+        part = results[i * len(problems) : (i + 1) * len(problems)]
         answers = [engine.response(result)["content"] for result in part]
         right = sum(answer == problem.answer for answer, problem in zip(answers, problems, strict=True))
         points.append(
             Point(
-                budget=budget,
+                settings=fields,
                 accuracy=right / len(problems),
                 thinking_tokens=sum(result.thinking_tokens for result in part) / len(part),
-                cut=sum(result.thinking_end == "budget" for result in part) / len(part),
+                cut=sum(result.thinking_end in ("budget", "auto") for result in part) / len(part),
             )
         )
     return points
@@ -69,13 +70,13 @@ def plot_budget_curve(points: Sequence[Point], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    budgets = [point.budget for point in points]
+    budgets = [point.settings["thinking_budget"] for point in points]
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     axes.plot(budgets, [point.accuracy for point in points], "o-", color="tab:blue", label="accuracy")
-    for point in points:
+    for budget, point in zip(budgets, points, strict=True):
         offset: Any = (0, -15)
         axes.annotate(
-            f"{point.accuracy:.2f}", (point.budget, point.accuracy), offset, textcoords="offset points", ha="center"
+            f"{point.accuracy:.2f}", (budget, point.accuracy), offset, textcoords="offset points", ha="center"
         )
     axes.set(xlabel="thinking budget B (tokens)", ylabel="accuracy", title=title, ylim=(0, 1.08), xticks=budgets)
     axes.grid(alpha=0.3)
@@ -84,6 +85,35 @@ def plot_budget_curve(points: Sequence[Point], path: Path, title: str) -> None:
     tokens.set(ylabel="mean thinking tokens", ylim=(0, None))
     lines = [*axes.get_lines(), *tokens.get_lines()]
     axes.legend(lines, [str(line.get_label()) for line in lines], loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_cost(fixed: Sequence[Point], automatic: Sequence[Point], path: Path, title: str) -> None:
+    """Accuracy over what it cost in thinking tokens, for fixed and for automatic budgets, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    kinds = ((fixed, "o-", "fixed budget B", (0, 8), "right"), (automatic, "s--", "auto, threshold", (6, -12), "left"))
+    for points, style, label, offset, side in kinds:
+        costs = [point.thinking_tokens for point in points]
+        (line,) = axes.plot(costs, [point.accuracy for point in points], style, label=label)
+        for point in points:
+            axes.annotate(
+                point.label,
+                (point.thinking_tokens, point.accuracy),
+                offset,
+                textcoords="offset points",
+                ha=side,
+                color=line.get_color(),
+            )
+    axes.set(xlabel="mean thinking tokens", ylabel="accuracy", title=title, ylim=(0, 1.08))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
