@@ -240,7 +240,7 @@ class Engine:
     def _sampled_at(self, result: Result) -> int:
         """Place of the answer's first token that was not forced."""
         forced = [i + 1 for i, was_forced in enumerate(result.forced) if was_forced]
-        return max(self._answer_at(result), *forced[-1:])
+        return max([self._answer_at(result), *forced[-1:]])
 
     def _trim(self, result: Result, stop: Sequence[str]) -> Result:
         """The result up to the token that completes its first stop text; all of it where there is none."""
