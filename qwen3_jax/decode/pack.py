@@ -5,6 +5,7 @@ Shapes: B rows, P prompt slots, M most tokens written, F longest forced text, V 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -223,21 +224,34 @@ def pack_markers(tokens: ThinkingTokens, vocab_size: int) -> Markers:
     )
 
 
-def results(state: DecodeState) -> list[Result]:
-    """What each row wrote so far."""
-    budget, tokens, logprobs, forced = jax.device_get(
-        (state.budget, state.tokens_BM, state.logprobs_BM, state.forced_BM)
-    )
-    return [
-        Result(
-            token_ids=tokens[i, :written].tolist(),
-            thinking_tokens=int(budget.thinking_B[i]),
-            injected_tokens=int(budget.injected_B[i]),
-            answer_tokens=int(budget.answer_B[i]),
-            thinking_end=bud.THINKING_ENDS[budget.thinking_end_B[i]],
-            finish_reason="stop" if budget.stopped_B[i] else "length",
-            logprobs=logprobs[i, :written].tolist(),
-            forced=forced[i, :written].tolist(),
+class Written:
+    """What the rows of a state wrote so far, brought to the host when first asked for."""
+
+    def __init__(self, state: DecodeState) -> None:
+        self._state = state
+
+    @functools.cached_property
+    def _arrays(self) -> Any:
+        state = self._state
+        return jax.device_get((state.budget, state.tokens_BM, state.logprobs_BM, state.forced_BM))
+
+    def result(self, row: int) -> Result:
+        """One row's result; of a row that goes on, its beginning."""
+        budget, tokens, logprobs, forced = self._arrays
+        written = int(budget.written_B[row])
+        return Result(
+            token_ids=tokens[row, :written].tolist(),
+            thinking_tokens=int(budget.thinking_B[row]),
+            injected_tokens=int(budget.injected_B[row]),
+            answer_tokens=int(budget.answer_B[row]),
+            thinking_end=bud.THINKING_ENDS[budget.thinking_end_B[row]],
+            finish_reason="stop" if budget.stopped_B[row] else "length",
+            logprobs=logprobs[row, :written].tolist(),
+            forced=forced[row, :written].tolist(),
         )
-        for i, written in enumerate(budget.written_B.tolist())
-    ]
+
+
+def results(state: DecodeState) -> list[Result]:
+    """All rows' results."""
+    written = Written(state)
+    return [written.result(row) for row in range(state.last_B.shape[0])]

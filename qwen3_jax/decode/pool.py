@@ -30,10 +30,12 @@ from qwen3_jax.decode import budget as bud
 from qwen3_jax.decode.batch import prefill_rows, resume
 from qwen3_jax.decode.budget import ThinkingTokens
 from qwen3_jax.decode.loop import DecodeState, Rows
-from qwen3_jax.decode.pack import BUCKET, check_request, pack, pack_markers, results
+from qwen3_jax.decode.pack import BUCKET, Written, check_request, pack, pack_markers
 from qwen3_jax.decode.request import Request, Result
 from qwen3_jax.model import Qwen3, unstack_layers
 from sharding import constrain, num_parts
+
+Watch = Callable[[Hashable, Callable[[], Result]], bool]
 
 _PREFILL_TOKENS = 16384  # most tokens of one prefill, padding included: bounds its activations
 _FEW = 4  # rows of a prefill that fills single places
@@ -117,13 +119,14 @@ class Pool:
         return self._places.count(None)
 
     def run(
-        self, requests: Iterable[tuple[Hashable, Request]], watch: Callable[[Hashable, Result], bool] | None = None
+        self, requests: Iterable[tuple[Hashable, Request]], watch: Watch | None = None
     ) -> Iterator[list[tuple[Hashable, Result]]]:
         """Decodes all requests. Each time that the loop is left it yields the `(key, result)` of the rows that
         finished, if any did. Requests are taken as places become free; long prompts are best put first.
 
         Args:
-          watch: called with every running row at each leaving of the loop; true ends the row there.
+          watch: called with each running row, and a function for its result so far, whenever the loop is left; true
+            ends the row there.
 
         Raises:
           ValueError: `field: value; what would fit`, of a request.
@@ -221,7 +224,7 @@ class Pool:
             steps = np.int32(self._steps)
             self._state = resume(self._params, self._state, self._rows, self._markers, steps, model=self._model)
 
-    def _collect(self, watch: Callable[[Hashable, Result], bool] | None) -> list[tuple[Hashable, Result]]:
+    def _collect(self, watch: Watch | None) -> list[tuple[Hashable, Result]]:
         """Waits for the loop, and takes out the rows that are done."""
         assert self._state is not None
         active, written = jax.device_get((self._state.budget.active_B, self._state.budget.written_B))
@@ -231,15 +234,17 @@ class Pool:
         self.load.row_steps += sum(steps)
         for place, row in in_use:
             row.written = int(written[place])
-        if watch is None and all(active[place] for place, _ in in_use):
-            return []
-        so_far = results(self._state)
-        watched = [watch is not None and watch(row.key, so_far[place]) for place, row in in_use]
-        done = [place for (place, _), ended in zip(in_use, watched, strict=True) if ended or not active[place]]
-        if any(active[place] for place in done):
-            self._state = _end(self._state, np.isin(np.arange(len(self._places)), done))
-        finished = [(row.key, so_far[place]) for place, row in in_use if place in done]
-        for place in done:
+        so_far = Written(self._state)
+        done = []
+        for place, row in in_use:
+            ended = watch is not None and watch(row.key, functools.partial(so_far.result, place))
+            if ended or not active[place]:
+                done.append((place, row))
+        finished = [(row.key, so_far.result(place)) for place, row in done]
+        places = [place for place, _ in done]
+        if active[places].any():
+            self._state = _end(self._state, np.isin(np.arange(len(self._places)), places))
+        for place in places:
             self._places[place] = None
         return finished
 

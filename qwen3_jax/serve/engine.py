@@ -148,8 +148,9 @@ class Engine:
                 running[key] = job
                 yield key, job.request
 
-        def stopped(key: Hashable, so_far: Result) -> bool:
-            return self._stop_end(so_far, running[key].stop) is not None
+        def stopped(key: Hashable, so_far: Callable[[], Result]) -> bool:
+            stop = running[key].stop
+            return bool(stop) and self._stop_end(so_far(), stop) is not None
 
         for finished in pool.run(requests(), stopped):
             yield [(key, running[key], self._trim(result, running.pop(key).stop)) for key, result in finished]
@@ -171,14 +172,15 @@ class Engine:
                 emit(text[shown[in_thought] :], in_thought)
                 shown[in_thought] = len(text)
 
-        def on_leave(_: Hashable, so_far: Result) -> bool:
+        def on_leave(_: Hashable, so_far: Callable[[], Result]) -> bool:
             nonlocal seen
-            if self._stop_end(so_far, job.stop) is not None:
+            written = so_far()
+            if self._stop_end(written, job.stop) is not None:
                 return True
-            answer_at = max(self._answer_at(so_far), seen)
-            texts[True] += stream.push(so_far.token_ids[seen:answer_at])
-            texts[False] += stream.push(so_far.token_ids[answer_at:])
-            seen = len(so_far.token_ids)
+            answer_at = max(self._answer_at(written), seen)
+            texts[True] += stream.push(written.token_ids[seen:answer_at])
+            texts[False] += stream.push(written.token_ids[answer_at:])
+            seen = len(written.token_ids)
             show(True, texts[True])
             show(False, texts[False][: len(texts[False]) - max(map(len, job.stop), default=1) + 1])
             return False

@@ -349,6 +349,23 @@ def test_edge_03_a_natural_close_equals_the_unlimited_run() -> None:
     assert {(r.injected_tokens, r.thinking_end, r.thinking_tokens) for r in results} == {(0, "natural", 2)}
 
 
+def test_edge_03_a_budget_that_is_not_reached_is_no_budget() -> None:
+    """Whatever the rows and however finite: fixed, with grace, automatic at a probability that is never reached."""
+    free = {"max_new_tokens": WRITE, "temperature": 0.8}
+    rows = [Case(Request(PROMPT, **free, seed=i), random_table(i)) for i in range(ROWS)]
+    unlimited = run(rows)
+    spare = [r.thinking_tokens + len(STOP) + 8 < WRITE and r.thinking_end in ("natural", "none") for r in unlimited]
+    assert sum(spare) >= ROWS // 2
+    for fields in (
+        {"thinking_budget": 2**31 - 2},
+        {"thinking_budget": WRITE},
+        {"thinking_budget": max(r.thinking_tokens for r in unlimited) + 1, "grace": 3},
+        {"thinking_budget": "auto", "auto_threshold": 1.0},
+    ):
+        limited = run([dataclasses.replace(c, request=dataclasses.replace(c.request, **fields)) for c in rows])
+        assert all(one == other for one, other, kept in zip(unlimited, limited, spare, strict=True) if kept)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.05])
 def test_edge_04_a_close_right_after_the_last_allowed_token_is_natural(temperature: float) -> None:
     """The step after the budget-th token is sampled: `</think>` stands, anything else is discarded."""
