@@ -6,6 +6,7 @@ Shapes: B batch, S slots, K key-value heads, H head_dim.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flax import struct
 from qwen3_jax.config import ModelConfig
 from sharding import constrain
 
+KEY_SLOTS, VALUE_SLOTS = 3, 2  # the axis of the slots
 EMPTY = jnp.iinfo(jnp.int32).max  # position of a slot that holds no token: after every query, so never attended
 
 
@@ -27,7 +29,8 @@ class KVCache:
     and the ring, emptied for that row, takes its tokens from wherever it stands. A ring of R slots serves every row
     whose tokens after the prompt are at most R.
 
-    keys, values: one [B, S, K, H] array per layer, keys already rotated.
+    keys: one [B, K, H, S] array per layer, already rotated. values: one [B, K, S, H] array per layer. Either is read
+      in the order it lies in.
     positions_BS: position of the token in each slot, EMPTY where there is none.
     next_slot: the slot the next token goes to, int32 scalar.
     prompt_slots: where the ring begins.
@@ -45,14 +48,15 @@ class KVCache:
     ) -> KVCache:
         """An empty cache."""
         slots = prompt_slots + ring_slots
-        shape = (batch, slots, config.num_key_value_heads, config.head_dim)
+        heads, head_dim = config.num_key_value_heads, config.head_dim
 
-        def zeros() -> jax.Array:
-            return constrain(jnp.zeros(shape, dtype), "batch", "length", "act_kv_heads", "head_dim")
+        def zeros(*dims: tuple[int, str]) -> tuple[jax.Array, ...]:
+            shape, names = zip((batch, "batch"), (heads, "act_kv_heads"), *dims, strict=True)
+            return tuple(constrain(jnp.zeros(shape, dtype), *names) for _ in range(config.num_hidden_layers))
 
         return cls(
-            keys=tuple(zeros() for _ in range(config.num_hidden_layers)),
-            values=tuple(zeros() for _ in range(config.num_hidden_layers)),
+            keys=zeros((head_dim, "head_dim"), (slots, "length")),
+            values=zeros((slots, "length"), (head_dim, "head_dim")),
             positions_BS=constrain(jnp.full((batch, slots), EMPTY, jnp.int32), "batch", "length"),
             next_slot=jnp.asarray(prompt_slots if ring_slots else 0, jnp.int32),
             prompt_slots=prompt_slots,
@@ -76,24 +80,25 @@ class KVCache:
         """
         old = self.ring_slots
 
-        def fit(x: jax.Array, slots: int, value: int, *, keep_last: bool) -> jax.Array:
-            cut = max(x.shape[1] - slots, 0)
-            x = x[:, cut:] if keep_last else x[:, : x.shape[1] - cut]
-            padding = [(0, 0), (0, slots - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+        def fit(x: jax.Array, axis: int, slots: int, value: int, *, keep_last: bool) -> jax.Array:
+            size = x.shape[axis]
+            cut = max(size - slots, 0)
+            x = jax.lax.slice_in_dim(x, cut if keep_last else 0, size if keep_last else size - cut, axis=axis)
+            padding = [(0, slots - x.shape[axis]) if i == axis else (0, 0) for i in range(x.ndim)]
             return jnp.pad(x, padding, constant_values=value)
 
-        def move(x: jax.Array, value: int = 0) -> jax.Array:
-            prompts, ring = x[:, : self.prompt_slots], x[:, self.prompt_slots :]
+        def move(x: jax.Array, axis: int, value: int = 0) -> jax.Array:
+            prompts, ring = jnp.split(x, [self.prompt_slots], axis=axis)
             if old:
-                ring = jnp.roll(ring, self.prompt_slots - self.next_slot, axis=1)  # the oldest token first
-            parts = fit(prompts, prompt_slots, value, keep_last=False), fit(ring, ring_slots, value, keep_last=True)
-            return jnp.concatenate(parts, axis=1)
+                ring = jnp.roll(ring, self.prompt_slots - self.next_slot, axis=axis)  # the oldest token first
+            prompts = fit(prompts, axis, prompt_slots, value, keep_last=False)
+            return jnp.concatenate([prompts, fit(ring, axis, ring_slots, value, keep_last=True)], axis=axis)
 
         return dataclasses.replace(
             self,
-            keys=tuple(map(move, self.keys)),
-            values=tuple(map(move, self.values)),
-            positions_BS=move(self.positions_BS, EMPTY),
+            keys=tuple(move(x, KEY_SLOTS) for x in self.keys),
+            values=tuple(move(x, VALUE_SLOTS) for x in self.values),
+            positions_BS=move(self.positions_BS, 1, EMPTY),
             next_slot=jnp.asarray(prompt_slots + (old if ring_slots > old else 0), jnp.int32),
             prompt_slots=prompt_slots,
         )
@@ -105,13 +110,15 @@ class KVCache:
         """
         slots = new.prompt_slots
 
-        def put(old: jax.Array, rows: jax.Array) -> jax.Array:
-            return old.at[rows_A, :slots].set(rows, mode="drop")
+        def put(old: jax.Array, rows: jax.Array, axis: int) -> jax.Array:
+            where: list[Any] = [slice(None)] * old.ndim
+            where[0], where[axis] = rows_A, slice(slots)
+            return old.at[tuple(where)].set(rows, mode="drop")
 
         emptied_BS = self.positions_BS.at[rows_A].set(EMPTY, mode="drop")
         return dataclasses.replace(
             self,
-            keys=tuple(map(put, self.keys, new.keys)),
-            values=tuple(map(put, self.values, new.values)),
-            positions_BS=put(emptied_BS, new.positions_BS),
+            keys=tuple(put(x, rows, KEY_SLOTS) for x, rows in zip(self.keys, new.keys, strict=True)),
+            values=tuple(put(x, rows, VALUE_SLOTS) for x, rows in zip(self.values, new.values, strict=True)),
+            positions_BS=put(emptied_BS, new.positions_BS, 1),
         )

@@ -210,7 +210,7 @@ def test_cache_in_pieces_and_extended(params: Any) -> None:
     positions = jnp.broadcast_to(jnp.arange(LENGTH), TOKENS.shape)
     full = forward(MODEL)(params, TOKENS)
     cache = KVCache.create(CONFIG, BATCH, 10, jnp.float32)
-    chex.assert_shape(cache.keys, (BATCH, 10, CONFIG.num_key_value_heads, CONFIG.head_dim))
+    chex.assert_shape(cache.keys, (BATCH, CONFIG.num_key_value_heads, CONFIG.head_dim, 10))
     first = forward(MODEL)(separate, TOKENS[:, :10], positions[:, :10], None, cache)
     grown = first.cache.resize(10, 8)
     second = forward(MODEL)(separate, TOKENS[:, 10:], positions[:, 10:], None, grown)
@@ -219,7 +219,7 @@ def test_cache_in_pieces_and_extended(params: Any) -> None:
     expected = np.pad(positions, ((0, 0), (0, 2)), constant_values=EMPTY)
     np.testing.assert_array_equal(second.cache.positions_BS, expected)
     assert int(second.cache.next_slot) == LENGTH
-    assert all(not keys[:, LENGTH:].any() for keys in second.cache.keys)
+    assert all(not keys[..., LENGTH:].any() for keys in second.cache.keys)
 
 
 def test_a_row_may_write_nothing(params: Any) -> None:

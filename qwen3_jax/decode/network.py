@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from qwen3_jax.cache import KVCache
 from qwen3_jax.decode.loop import Forward, last_place
 from qwen3_jax.model import Qwen3, head_weight, unembed
+from qwen3_jax.ops import cpu
 
 
 def network(model: Qwen3, params: Any) -> Forward:
@@ -21,10 +22,12 @@ def network(model: Qwen3, params: Any) -> Forward:
     def forward(
         tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
-        out: Any = model.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT, cache)
+        weights, tokens_BT = jax.lax.platform_dependent(
+            (params, tokens_BT), cpu=cpu.keep_in_loop, default=lambda x: x
+        )
+        out: Any = model.apply({"params": weights}, tokens_BT, positions_BT, segment_ids_BT, cache)
         last_B = last_place(segment_ids_BT)[:, None, None]
-        return unembed(jnp.take_along_axis(out.hidden, last_B, axis=1), head_weight(model.config, params))[
-            :, 0
-        ], out.cache
+        hidden_B1D = jnp.take_along_axis(out.hidden, last_B, axis=1)
+        return unembed(hidden_B1D, head_weight(model.config, weights))[:, 0], out.cache
 
     return forward

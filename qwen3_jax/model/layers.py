@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from qwen3_jax.cache import KEY_SLOTS, VALUE_SLOTS
 from qwen3_jax.config import ModelConfig
+from qwen3_jax.ops.arrays import linear, update
 from qwen3_jax.ops.attention import attention
 from qwen3_jax.ops.moe import RouterStats, expert_capacity, moe_capacity, moe_exact, route
 from qwen3_jax.ops.norm import rms_norm
@@ -65,21 +67,18 @@ class Attention(nn.Module):
         q_norm_H = declare(self, "q_norm", (h,), ("norm",), nn.initializers.ones)
         k_norm_H = declare(self, "k_norm", (h,), ("norm",), nn.initializers.ones)
 
-        q_BTNH = jnp.einsum("BTD,NHD->BTNH", x_BTD, wq_NHD.astype(dtype))
-        k_BTKH = jnp.einsum("BTD,KHD->BTKH", x_BTD, wk_KHD.astype(dtype))
-        v_BTKH = jnp.einsum("BTD,KHD->BTKH", x_BTD, wv_KHD.astype(dtype))
+        q_BTNH, k_BTKH, v_BTKH = linear(x_BTD, wq_NHD), linear(x_BTD, wk_KHD), linear(x_BTD, wv_KHD)
         q_BTNH = apply_rope(rms_norm(q_BTNH, q_norm_H, cfg.rms_norm_eps), context.cos_BTR, context.sin_BTR)
         k_BTKH = apply_rope(rms_norm(k_BTKH, k_norm_H, cfg.rms_norm_eps), context.cos_BTR, context.sin_BTR)
         q_BTNH = constrain(q_BTNH, "batch", "length", "act_heads", "head_dim")
-        k_BSKH = constrain(k_BTKH, "batch", "length", "act_kv_heads", "head_dim")
-        v_BSKH = constrain(v_BTKH, "batch", "length", "act_kv_heads", "head_dim")
+        k_BKHS = constrain(k_BTKH, "batch", "length", "act_kv_heads", "head_dim").transpose(0, 2, 3, 1)
+        v_BKSH = constrain(v_BTKH, "batch", "length", "act_kv_heads", "head_dim").transpose(0, 2, 1, 3)
         if cached is not None and context.slot is not None:
-            start = (0, context.slot, 0, 0)
-            k_BSKH = jax.lax.dynamic_update_slice(cached[0], k_BSKH.astype(cached[0].dtype), start)
-            v_BSKH = jax.lax.dynamic_update_slice(cached[1], v_BSKH.astype(cached[1].dtype), start)
-            cached = (k_BSKH, v_BSKH)
-        out_BTNH = attention(q_BTNH, k_BSKH.astype(dtype), v_BSKH.astype(dtype), context.mask_BTS)
-        out_BTD = jnp.einsum("BTNH,DNH->BTD", out_BTNH, wo_DNH.astype(dtype))
+            k_BKHS = update(cached[0], k_BKHS, context.slot, axis=KEY_SLOTS)
+            v_BKSH = update(cached[1], v_BKSH, context.slot, axis=VALUE_SLOTS)
+            cached = (k_BKHS, v_BKSH)
+        out_BTNH = attention(q_BTNH, k_BKHS.astype(dtype), v_BKSH.astype(dtype), context.mask_BTS)
+        out_BTD = linear(out_BTNH, wo_DNH, inputs=2)
         return constrain(out_BTD, "batch", "length", "act_embed"), cached
 
 
@@ -90,16 +89,14 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        cfg, dtype = self.config, x_BTD.dtype
+        cfg = self.config
         d, f = cfg.hidden_size, cfg.intermediate_size
         init = nn.initializers.normal(cfg.initializer_range)
         gate_FD = declare(self, "gate_proj", (f, d), ("mlp", "embed"), init)
         up_FD = declare(self, "up_proj", (f, d), ("mlp", "embed"), init)
         down_DF = declare(self, "down_proj", (d, f), ("embed", "mlp"), init)
-        gate_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, gate_FD.astype(dtype))
-        up_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, up_FD.astype(dtype))
-        hidden_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", "length", "act_mlp")
-        return jnp.einsum("BTF,DF->BTD", hidden_BTF, down_DF.astype(dtype))
+        hidden_BTF = jax.nn.silu(linear(x_BTD, gate_FD)) * linear(x_BTD, up_FD)
+        return linear(constrain(hidden_BTF, "batch", "length", "act_mlp"), down_DF)
 
 
 class MoeMlp(nn.Module):

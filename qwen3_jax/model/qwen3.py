@@ -17,6 +17,7 @@ from qwen3_jax.cache import EMPTY, KVCache
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.model.layers import Context, Layer, declare
 from qwen3_jax.model.layout import is_stacked, layer_name, run_name
+from qwen3_jax.ops.arrays import linear, lookup
 from qwen3_jax.ops.attention import causal_mask
 from qwen3_jax.ops.moe import RouterStats
 from qwen3_jax.ops.norm import rms_norm
@@ -85,7 +86,7 @@ class Qwen3(nn.Module):
             positions = segment_positions(segment_ids)
 
         embed_VD = declare(self, "embed_tokens", (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), self._normal())
-        x_BTD = embed_VD[tokens_BT].astype(self.dtype or embed_VD.dtype)
+        x_BTD = lookup(embed_VD, tokens_BT).astype(self.dtype or embed_VD.dtype)
         x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
         cos_BTR, sin_BTR = rope_tables(cfg, positions)
         if cache is None:
@@ -174,5 +175,4 @@ def head_weight(config: ModelConfig, params: Any) -> jax.Array:
 
 def unembed(hidden_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
     """Logits [B, T, V] in float32."""
-    logits = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
-    return constrain(logits, "batch", "length", "act_vocab")
+    return constrain(linear(hidden_BTD, head_VD, dtype=jnp.float32), "batch", "length", "act_vocab")

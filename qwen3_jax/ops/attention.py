@@ -8,6 +8,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from qwen3_jax.ops import cpu
+
+_LEAST_BLOCK, _MOST_BLOCKS = 128, 8  # of queries, where attention is causal
+
 
 def causal_mask(
     query_positions_BT: jax.Array,
@@ -20,13 +24,35 @@ def causal_mask(
     return same & (key_positions_BS[:, None, :] <= query_positions_BT[:, :, None])
 
 
-def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Softmax attention, scores and softmax in float32; [B, T, N, H] in q's dtype."""
+def attention(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """Softmax attention, scores and softmax in float32; [B, T, N, H] in q's dtype.
+
+    As many keys as queries are the same tokens: no query then looks at a key after its own, whatever the mask says.
+    """
     batch, length, heads, head_dim = q_BTNH.shape
-    kv_heads = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    q_BTKGH = q_BTNH.reshape(batch, length, k_BKHS.shape[1], -1, head_dim)
+    if length == 1:
+
+        def sums(q_BTKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+            out_BKGH = cpu.attend_one(q_BTKGH[:, 0], k_BKHS, v_BKSH, mask_BTS[:, 0])
+            return out_BKGH[:, None].astype(q_BTKGH.dtype)
+
+        out_BTKGH = jax.lax.platform_dependent(q_BTKGH, k_BKHS, v_BKSH, mask_BTS, cpu=sums, default=_attend)
+        return out_BTKGH.reshape(q_BTNH.shape)
+    block = length
+    if length == k_BKHS.shape[-1]:
+        block = max(_LEAST_BLOCK, -(-length // _MOST_BLOCKS))
+    out = []
+    for start in range(0, length, block):
+        queries = slice(start, start + block)
+        keys = slice(0, start + block if block < length else None)
+        out.append(_attend(q_BTKGH[:, queries], k_BKHS[..., keys], v_BKSH[:, :, keys], mask_BTS[:, queries, keys]))
+    return jnp.concatenate(out, axis=1).reshape(q_BTNH.shape)
+
+
+def _attend(q_BTKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    scores = jnp.einsum("BTKGH,BKHS->BKGTS", q_BTKGH, k_BKHS, preferred_element_type=jnp.float32)
     # A large finite number, not -inf: a padding query that may look nowhere then stays finite.
-    scores = jnp.where(mask_BTS[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q_BTNH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(q_BTNH.shape)
+    scores = jnp.where(mask_BTS[:, None, None], scores * q_BTKGH.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q_BTKGH.dtype)
+    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKSH)

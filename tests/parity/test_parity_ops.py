@@ -109,21 +109,25 @@ def test_apply_rope(check_error: Any) -> None:
     assert relative_error(apply_rope(1.001 * x_BTNH, *half_tables), expected) > TOLERANCE
 
 
+@pytest.mark.parametrize("length", [9, 300])  # one block of queries, and three of which the last is shorter
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (8, 2), (4, 1)])
-def test_attention(heads: int, kv_heads: int, check_error: Any) -> None:
-    """Against `scaled_dot_product_attention`; the same for the wrong grouping (heads interleaved) must fail."""
-    q, k, v = normal(2, 9, heads, 16), normal(2, 9, kv_heads, 16, seed=1), normal(2, 9, kv_heads, 16, seed=2)
-    positions, segments = jnp.broadcast_to(jnp.arange(9), (2, 9)), jnp.ones((2, 9), jnp.int32)
+def test_attention(heads: int, kv_heads: int, length: int, check_error: Any) -> None:
+    """Against `scaled_dot_product_attention`, all queries together and the last alone, as decoding has it; the same
+    for the wrong grouping (heads interleaved) must fail."""
+    q, k, v = (normal(2, length, n, 16, seed=i) for i, n in enumerate((heads, kv_heads, kv_heads)))
+    positions, segments = jnp.broadcast_to(jnp.arange(length), (2, length)), jnp.ones((2, length), jnp.int32)
     mask = causal_mask(positions, positions, segments, segments)
     expected = torch.nn.functional.scaled_dot_product_attention(
         *(torch.tensor(x).transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True
     ).transpose(1, 2)
-    check_error(
-        f"op: attention, {heads}/{kv_heads} heads", relative_error(attention(q, k, v, mask), expected), TOLERANCE
-    )
+    k_BKHS, v_BKSH = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    name = f"op: attention, {heads}/{kv_heads} heads, {length} tokens"
+    check_error(name, relative_error(attention(q, k_BKHS, v_BKSH, mask), expected), TOLERANCE)
+    last = attention(q[:, -1:], k_BKHS, v_BKSH, mask[:, -1:])
+    check_error(f"{name}, the last alone", relative_error(last, expected[:, -1:]), TOLERANCE)
     if 1 < kv_heads < heads:
         order = np.arange(heads).reshape(-1, kv_heads).T.ravel()
-        assert relative_error(attention(q[:, :, order], k, v, mask), expected) > TOLERANCE
+        assert relative_error(attention(q[:, :, order], k_BKHS, v_BKSH, mask), expected) > TOLERANCE
 
 
 def test_attention_module(check_error: Any) -> None:

@@ -1,0 +1,50 @@
+"""What XLA's CPU backend wants written otherwise: the one place for it.
+
+`jax.lax.platform_dependent` takes these when a program is lowered for a CPU, and drops them when it is for a TPU,
+wherever it is compiled. Numbers are the same up to rounding.
+
+Shapes: B batch, T tokens, D inputs, F outputs, V vocabulary, S keys, K key-value heads, G queries per key-value head,
+H head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def linear_bf16(x_BTD: jax.Array, weight_FD: jax.Array) -> jax.Array:
+    """[B, T, F] float32. The bfloat16 kernel, a tenth of the time of widening the weights, takes two rows or more and
+    gives float32."""
+    single = x_BTD.shape[0] * x_BTD.shape[1] == 1
+    rows_BTD = jnp.concatenate([x_BTD, x_BTD]) if single else x_BTD
+    out_BTF = jnp.einsum("BTD,FD->BTF", rows_BTD, weight_FD, preferred_element_type=jnp.float32)
+    return out_BTF[:1] if single else out_BTF
+
+
+def lookup_bf16(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """Rows of a bfloat16 table, read as bits: read as numbers, the whole table would be widened first."""
+    bits_VD = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)
+    return jax.lax.bitcast_convert_type(bits_VD[ids_BT], jnp.bfloat16)
+
+
+def update_bf16(x: jax.Array, part: jax.Array, start: tuple[Any, ...]) -> jax.Array:
+    """`dynamic_update_slice` of bits: of numbers, it would widen the whole array and narrow it again."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16), jax.lax.bitcast_convert_type(part, jnp.uint16)
+    return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(*bits, start), jnp.bfloat16)
+
+
+def attend_one(q_BKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BS: jax.Array) -> jax.Array:
+    """Attention of one query a row, [B, K, G, H] float32, by sums of products: dots would run head by head."""
+    q, k, v = (x.astype(jnp.float32) for x in (q_BKGH, k_BKHS, v_BKSH))
+    scores_BKGS = (q[..., None] * k[:, :, None]).sum(axis=-2) * q.shape[-1] ** -0.5
+    scores_BKGS = jnp.where(mask_BS[:, None, None], scores_BKGS, jnp.finfo(jnp.float32).min)
+    weights_BKGS = jax.nn.softmax(scores_BKGS, axis=-1)
+    return (weights_BKGS[..., None] * v[:, :, None]).sum(axis=-2)
+
+
+def keep_in_loop(x: Any) -> Any:
+    """`x`, of which nothing may be computed before the loop it is used in: widened weights would be, a second copy."""
+    return jax.lax.optimization_barrier(x)
