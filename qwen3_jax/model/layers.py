@@ -21,10 +21,10 @@ from qwen3_jax.cache import KEY_SLOTS, VALUE_SLOTS
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.ops.arrays import linear, update
 from qwen3_jax.ops.attention import attention
-from qwen3_jax.ops.moe import RouterStats, expert_capacity, moe_capacity, moe_exact, route
+from qwen3_jax.ops.moe import RouterStats, expert_capacity, moe_capacity, moe_exact, moe_few, route
 from qwen3_jax.ops.norm import rms_norm
 from qwen3_jax.ops.rope import apply_rope
-from sharding import constrain
+from sharding import constrain, num_parts
 
 
 @struct.dataclass
@@ -125,9 +125,11 @@ class MoeMlp(nn.Module):
             precision=jax.lax.Precision.HIGHEST,
         )
         gates_BTE, chosen_BTE, stats = route(logits_BTE, cfg.num_experts_per_tok, cfg.norm_topk_prob, valid_BT)
+        batch, length, _ = x_BTD.shape
         if self.capacity_factor is None:
-            return moe_exact(x_BTD, gates_BTE, experts), stats
-        length = x_BTD.shape[1]
+            choices = batch * length // num_parts("routed_group") * cfg.num_experts_per_tok
+            few = 2 * choices <= e and num_parts("embed") == 1
+            return (moe_few if few else moe_exact)(x_BTD, gates_BTE, experts), stats
         group_size = min(self.group_size, length)
         if length % group_size:
             raise ValueError(f"group_size: {group_size} does not divide the sequence length {length}; a divisor fits")

@@ -12,12 +12,13 @@ group, D hidden_size, F moe_intermediate_size.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from sharding import constrain
+from sharding import AXIS_RULES, constrain, partition_spec
 
 
 @struct.dataclass
@@ -126,3 +127,48 @@ def moe_exact(x_BTD: jax.Array, gates_BTE: jax.Array, experts: tuple[jax.Array, 
     up = jnp.einsum("BTD,EFD->BTEF", x_BTD, up_EFD)
     hidden_BTEF = jax.nn.silu(gate) * up * gates_BTE.astype(x_BTD.dtype)[..., None]
     return jnp.einsum("BTEF,EDF->BTD", hidden_BTEF, down_EDF)
+
+
+@jax.custom_jvp
+def moe_few(x_BTD: jax.Array, gates_BTE: jax.Array, experts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    """`moe_exact` for few tokens: each expert that one of them uses is read once, the others not at all.
+
+    On a mesh every device goes through its own experts; the weights' "embed" axis must not be split. Derivatives are
+    those of `moe_exact`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _used_experts(x_BTD, gates_BTE, experts).astype(x_BTD.dtype)
+    x_spec = partition_spec(("routed_group", None, None), mesh, x_BTD.shape)
+    gates_spec = partition_spec(("routed_group", None, "expert"), mesh, gates_BTE.shape)
+    in_spec, out_spec = (partition_spec(names, mesh) for names in (("expert", "mlp", None), ("expert", None, "mlp")))
+
+    def local(*args: Any) -> jax.Array:
+        return jax.lax.psum(_used_experts(*args), AXIS_RULES["expert"] + AXIS_RULES["mlp"])
+
+    specs = (x_spec, gates_spec, (in_spec, in_spec, out_spec))
+    out_BTD = jax.shard_map(local, in_specs=specs, out_specs=x_spec, check_vma=False)(x_BTD, gates_BTE, experts)
+    return out_BTD.astype(x_BTD.dtype)
+
+
+@moe_few.defjvp
+def _moe_few_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return jax.jvp(moe_exact, primals, tangents)
+
+
+def _used_experts(x_BTD: jax.Array, gates_BTE: jax.Array, experts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    """[B, T, D] float32: a loop over the experts with a gate that is not 0."""
+    used_E = (gates_BTE != 0).any(axis=(0, 1))
+    order_E = jnp.argsort(~used_E)
+
+    def add_expert(i: jax.Array, out_BTD: jax.Array) -> jax.Array:
+        # Nothing done to a whole table (a conversion of its type) may be taken out of the loop.
+        tables, expert = jax.lax.optimization_barrier((experts, order_E[i]))
+        gate_FD, up_FD, down_DF = (jax.lax.dynamic_index_in_dim(table, expert, keepdims=False) for table in tables)
+        gates_BT1 = jax.lax.dynamic_slice_in_dim(gates_BTE, expert, 1, axis=2).astype(x_BTD.dtype)
+        gate_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, gate_FD)
+        up_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, up_FD)
+        hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF * gates_BT1
+        return out_BTD + jnp.einsum("BTF,DF->BTD", hidden_BTF, down_DF, preferred_element_type=jnp.float32)
+
+    return jax.lax.fori_loop(0, used_E.sum(), add_expert, jnp.zeros(x_BTD.shape, jnp.float32))
