@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwen3_jax.config import ModelConfig
+from qwen3_jax.model.layers import MoeMlp
 from qwen3_jax.ops.loss import load_balance_loss
-from qwen3_jax.ops.moe import dispatch_mask, expert_capacity, moe_capacity, moe_exact, route
+from qwen3_jax.ops.moe import dispatch_mask, expert_capacity, moe_capacity, moe_exact, moe_few, route
+from sharding import MeshConfig, make_mesh
 
 EXPERTS, TOP_K, WIDTH, HIDDEN = 4, 2, 8, 6
 
@@ -181,6 +186,121 @@ def test_padding_takes_no_place() -> None:
     assert float(dropped) == float(padded_dropped) > 0
     chex.assert_trees_all_close(padded_out[:, 4:], out, rtol=1e-5, atol=1e-5)
     assert not padded_out[:, :4].any()
+
+
+FEW_EXPERTS, FEW_TOP_K, FEW_HIDDEN = 16, 3, 12
+
+
+def few_weights(dtype: jnp.dtype = jnp.float32) -> tuple[jax.Array, ...]:
+    """As `expert_weights`, for the few tokens of a decoding step."""
+    gate, up = (normal(FEW_EXPERTS, FEW_HIDDEN, WIDTH, seed=seed) for seed in (1, 2))
+    return tuple(jnp.asarray(w, dtype) for w in (gate, up, normal(FEW_EXPERTS, WIDTH, FEW_HIDDEN, seed=3)))
+
+
+def few_routed(rows: int, seed: int = 0) -> tuple[jax.Array, jax.Array]:
+    """One token per row, and gates: row 1 is inactive, row 2 has equal logits, row 3 goes where row 0 goes."""
+    logits = normal(rows, 1, FEW_EXPERTS, seed=seed)
+    logits[2:3] = 0.5
+    logits[3:4] = logits[0]
+    valid = jnp.arange(rows)[:, None] != 1
+    gates, _, _ = route(jnp.asarray(logits), FEW_TOP_K, True, valid)
+    return jnp.asarray(normal(rows, 1, WIDTH, seed=seed + 1)), gates
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 16])
+def test_few_tokens_equal_the_exact_mode(rows: int) -> None:
+    for seed in range(4):
+        x, gates = few_routed(rows, seed)
+        out = jax.jit(moe_few)(x, gates, few_weights())
+        chex.assert_trees_all_close(out, moe_exact(x, gates, few_weights()), rtol=1e-5, atol=1e-5)
+        assert not out[1:2].any()
+
+
+def poisoned(used: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The weights with NaN in all experts but the used ones."""
+    return tuple(jnp.where(used[:, None, None], w, jnp.nan) for w in weights)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_few_tokens_read_their_own_experts_only(rows: int) -> None:
+    """Unused experts, those of an inactive row among them, hold NaN: whatever multiplies them by a gate of 0 gives
+    NaN, as the exact mode does."""
+    x, gates = few_routed(rows)
+    used = gates.any(axis=(0, 1))
+    assert FEW_TOP_K <= used.sum() < FEW_EXPERTS
+    weights = poisoned(used, few_weights())
+    assert not jnp.isfinite(moe_exact(x, gates, weights)).any()
+    expected = moe_exact(x, gates, few_weights())
+    chex.assert_trees_all_close(jax.jit(moe_few)(x, gates, weights), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_few_tokens_with_no_active_row() -> None:
+    x, gates = few_routed(2)
+    out = jax.jit(moe_few)(x[1:], gates[1:], poisoned(jnp.zeros(FEW_EXPERTS, bool), few_weights()))
+    assert (out == 0).all()
+
+
+def test_few_tokens_on_a_mesh() -> None:
+    """Experts over four devices, their columns over two, rows over two: each device reads its own used experts."""
+    x, gates = few_routed(4)
+    expected = moe_exact(x, gates, few_weights())
+    weights = poisoned(gates.any(axis=(0, 1)), few_weights())
+    for config in (MeshConfig(data=1, fsdp=1, expert=4, tensor=2), MeshConfig(data=2, fsdp=1, expert=2, tensor=2)):
+        with jax.set_mesh(make_mesh(config)):
+            compiled = jax.jit(moe_few).lower(x, gates, weights).compile()
+            chex.assert_trees_all_close(jax.device_get(compiled(x, gates, weights)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_few_tokens_have_the_derivatives_of_the_exact_mode() -> None:
+    x, gates = few_routed(4)
+
+    def loss(moe: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return lambda *args: jnp.square(moe(*args)).sum()
+
+    grads = [jax.jit(jax.grad(loss(moe), argnums=(0, 1, 2)))(x, gates, few_weights()) for moe in (moe_few, moe_exact)]
+    chex.assert_trees_all_close(*grads, rtol=1e-5, atol=1e-5)
+
+
+def test_few_tokens_convert_no_whole_table() -> None:
+    """A backend that multiplies bfloat16 in float32 would like to convert the tables once, outside the loop over
+    experts: that reads all of them."""
+    x, gates = few_routed(1)
+    weights = few_weights(jnp.bfloat16)
+    compiled = jax.jit(moe_few).lower(x.astype(jnp.bfloat16), gates, weights).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < weights[0].size * 4
+    chex.assert_trees_all_close(
+        compiled(x.astype(jnp.bfloat16), gates, weights).astype(jnp.float32),
+        moe_exact(x, gates, few_weights()),
+        rtol=0.1,
+        atol=0.1,
+    )
+
+
+def test_layer_reads_all_experts_only_where_tokens_could_use_them() -> None:
+    """16 experts, 3 per token: five tokens make 15 choices, six make 18."""
+    config = ModelConfig(
+        vocab_size=8,
+        hidden_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=8,
+        max_position_embeddings=8,
+        rope_theta=10_000.0,
+        num_experts=FEW_EXPERTS,
+        num_experts_per_tok=FEW_TOP_K,
+        moe_intermediate_size=FEW_HIDDEN,
+    )
+    layer = MoeMlp(config, capacity_factor=None, group_size=1)
+    names = ("gate_proj", "up_proj", "down_proj")
+    params = {"router": jnp.asarray(normal(FEW_EXPERTS, WIDTH, seed=4)), **dict(zip(names, few_weights(), strict=True))}
+    for rows, finite in ((5, True), (6, False)):
+        x = jnp.tile(jnp.asarray(normal(1, 1, WIDTH)), (rows, 1, 1))
+        used = layer.apply({"params": params}, x, jnp.ones((rows, 1), bool))[1].counts_E > 0
+        weights = dict(zip(names, poisoned(used, few_weights()), strict=True))
+        out, _ = layer.apply({"params": {**params, **weights}}, x, jnp.ones((rows, 1), bool))
+        assert bool(jnp.isfinite(out).all()) == finite
 
 
 def plain_balance_loss(counts: np.ndarray, prob_sum: np.ndarray, tokens: np.ndarray) -> float:

@@ -128,7 +128,7 @@ class MoeMlp(nn.Module):
         batch, length, _ = x_BTD.shape
         if self.capacity_factor is None:
             choices = batch * length // num_parts("routed_group") * cfg.num_experts_per_tok
-            few = 2 * choices <= e and num_parts("embed") == 1
+            few = choices <= e and num_parts("embed") == 1
             return (moe_few if few else moe_exact)(x_BTD, gates_BTE, experts), stats
         group_size = min(self.group_size, length)
         if length % group_size:
