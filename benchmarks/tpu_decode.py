@@ -4,8 +4,8 @@
     JAX_PLATFORMS=cpu python benchmarks/tpu_decode.py [--layers N] [--save DIR]
 
 XLA's TPU compiler, which comes with libtpu, compiles the decoding loop ahead of time for a named topology. The
-scheduled program says what each instruction reads from and writes to HBM; the instructions of the loop's body are added up, each
-nested loop times its trips. Nothing is timed.
+scheduled program says what each instruction reads from and writes to HBM; the instructions of the loop's body are
+added up, those of a nested loop times its trips. Nothing is timed.
 
 Must be read, per chip and step: the weights in use once (of E experts those that a batch of n tokens with k choices
 each is expected to use, 1 - (1 - k/E)^n), and the cache once. Of conditionals the dearer branch counts (sampling, not
