@@ -58,8 +58,11 @@ TOKENS = ThinkingTokens(think=0, end_think=1, eos=(2,), stop_ids=(1,), empty_blo
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A compiled loop. must_read: bytes per chip and step. used: experts expected to be used, per chip.
-    cache_axes: of one layer's keys, per chip, in order of size."""
+    """A compiled loop.
+
+    must_read: bytes per chip and step. used: experts of a layer expected to be used, per chip.
+    cache_axes: of one layer's keys, per chip, in order of size.
+    """
 
     text: str
     must_read: float
@@ -70,21 +73,21 @@ class Step:
 def compile_step(config: ModelConfig, topology: str, sizes: MeshConfig, batch: int) -> Step:
     """The loop of `resume` with bfloat16 weights and cache, PROMPT + NEW slots, on the topology's first devices."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    chips = math.prod(dataclasses.asdict(sizes).values())
-    mesh = make_mesh(sizes, devices[:chips])
+    mesh = make_mesh(sizes, devices[: math.prod(dataclasses.asdict(sizes).values())])
     model = Qwen3(config, dtype=jnp.bfloat16, stacked=False)
+    axes_by_size = {config.num_key_value_heads: "act_kv_heads", config.vocab_size: "act_vocab"}
     with jax.set_mesh(mesh):
         rows = -(-batch // num_parts("batch")) * num_parts("batch")
-        request = Request(prompt_ids=[3] * PROMPT, max_new_tokens=NEW)
-        packed = pack([request] * rows, [NEW] * rows, config, TOKENS, prompt_slots=PROMPT)
 
         def abstract(tree: Any) -> Any:
+            """Shapes and shardings: what has rows is split by rows, heads and vocabulary, the rest is replicated."""
+
             def leaf(x: Any) -> jax.ShapeDtypeStruct:
-                names: list[str | None] = [None] * np.ndim(x)
-                if x.shape[:1] == (rows,):
-                    names = ["batch"] + [_ACTIVATION_AXES(config).get(size) for size in x.shape[1:]]
-                sharding = jax.NamedSharding(mesh, partition_spec(names, mesh, x.shape))
-                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+                shape = np.shape(x)
+                split = shape[:1] == (rows,)
+                names = ["batch", *map(axes_by_size.get, shape[1:])] if split else [None] * len(shape)
+                sharding = jax.NamedSharding(mesh, partition_spec(names, mesh, shape))
+                return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
 
             return jax.tree.map(leaf, tree)
 
@@ -94,30 +97,28 @@ def compile_step(config: ModelConfig, topology: str, sizes: MeshConfig, batch: i
             nn.unbox(boxed),
             named_shardings(boxed, mesh),
         )
-        markers = abstract(pack_markers(TOKENS, config.vocab_size))
-        steps = abstract(np.int32(0))
+        request = Request(prompt_ids=[3] * PROMPT, max_new_tokens=NEW)
+        packed = abstract(pack([request] * rows, [NEW] * rows, config, TOKENS, prompt_slots=PROMPT))
+        markers, steps = abstract((pack_markers(TOKENS, config.vocab_size), np.int32(0)))
         begin = functools.partial(start, model=model, max_new=NEW)
-        state = abstract(jax.eval_shape(begin, params, abstract(packed), markers, steps))
-        text = resume.lower(params, state, abstract(packed.rows), markers, steps, model=model).compile().as_text()
+        state = abstract(jax.eval_shape(begin, params, packed, markers, steps))
+        text = resume.lower(params, state, packed.rows, markers, steps, model=model).compile().as_text()
         tokens = max(1, batch // num_parts("routed_group"))
+    assert text is not None
+
+    def shard(x: Any) -> tuple[int, ...]:
+        return x.sharding.shard_shape(x.shape)
+
     share = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** tokens if config.num_experts else 1.0
-
-    def local_bytes(x: Any) -> int:
-        return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-
-    must = sum(map(local_bytes, state.cache.keys + state.cache.values))
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
-        if config.tie_word_embeddings or "embed_tokens" not in str(path):  # else a lookup of few rows
-            must += local_bytes(x) * (share if x.ndim == 3 and "mlp" in str(path) else 1)
+    must_read = 0.0
+    for path, x in jax.tree_util.tree_leaves_with_path((params, state.cache.keys, state.cache.values)):
+        name = jax.tree_util.keystr(path)
+        if "embed_tokens" in name and not config.tie_word_embeddings:
+            continue  # a few rows of it
+        is_expert = config.num_experts and "mlp" in name and "router" not in name
+        must_read += math.prod(shard(x)) * x.dtype.itemsize * (share if is_expert else 1)
     used = config.num_experts / mesh.shape["expert"] * share
-    keys = state.cache.keys[0]
-    axes = sorted(size for size in keys.sharding.shard_shape(keys.shape) if size > 1)
-    return Step(text, must, used, tuple(axes))
-
-
-def _ACTIVATION_AXES(config: ModelConfig) -> dict[int, str]:
-    """Logical axis of an activation's axis by its size."""
-    return {config.num_key_value_heads: "act_kv_heads", config.vocab_size: "act_vocab"}
+    return Step(text, must_read, used, tuple(sorted(size for size in shard(state.cache.keys[0]) if size > 1)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -313,7 +314,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="keep the compiled programs' texts in this directory")
     args = parser.parse_args()
     try:
-        import libtpu  # noqa: F401
+        import libtpu  # type: ignore[import-not-found]  # noqa: F401
     except ImportError:
         sys.exit("skipped: libtpu is not installed; `pip install -e '.[tpu]'` brings it")
     print("| model | topology | mesh | batch | must read, MB | moved, MB | ratio | cache copies: step, call |")
