@@ -31,7 +31,7 @@ HloModule step, is_scheduled=true
   ROOT %dot.1 = bf16[4,128]{1,0} convolution(%param_2.2, %bitcast.1), dim_labels=bf_oi->bf
 }
 
-%experts_do.1 (arg.1: (s32[], bf16[4,128], bf16[3,128,128], s32[])) -> (s32[], bf16[4,128], bf16[3,128,128], s32[]) {
+%while_do.1 (arg.1: (s32[], bf16[4,128], bf16[3,128,128], s32[])) -> (s32[], bf16[4,128], bf16[3,128,128], s32[]) {
   %arg.1 = (s32[], bf16[4,128], bf16[3,128,128], s32[]) parameter(0)
   %i.1 = s32[]{:T(128)S(6)} get-tuple-element(%arg.1), index=0
   %x.1 = bf16[4,128]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%arg.1), index=1
@@ -41,7 +41,7 @@ HloModule step, is_scheduled=true
   ROOT %t.1 = (s32[], bf16[4,128], bf16[3,128,128], s32[]) tuple(%i.1, %y.1, %w.1, %n.1)
 }
 
-%experts_if.1 (arg.2: (s32[], bf16[4,128], bf16[3,128,128], s32[])) -> pred[] {
+%while_if.1 (arg.2: (s32[], bf16[4,128], bf16[3,128,128], s32[])) -> pred[] {
   %arg.2 = (s32[], bf16[4,128], bf16[3,128,128], s32[]) parameter(0)
   %i.2 = s32[] get-tuple-element(%arg.2), index=0
   %n.2 = s32[] get-tuple-element(%arg.2), index=3
@@ -90,7 +90,7 @@ HloModule step, is_scheduled=true
   %used.1 = s32[]{:T(128)S(6)} custom-call(), custom_call_target="AllocateBuffer"
   %x.2 = bf16[4,128]{1,0:T(8,128)(2,1)S(1)} bitcast(%new.1)
   %t.4 = (s32[], bf16[4,128], bf16[3,128,128], s32[]) tuple(%zero.2, %x.2, %experts.1, %used.1)
-  %w.2 = (s32[], /*index=1*/bf16[4,128], bf16[3,128,128], s32[]) while(%t.4), condition=%experts_if.1, body=%experts_do.1
+  %w.2 = (s32[], /*index=1*/bf16[4,128], bf16[3,128,128], s32[]) while(%t.4), condition=%while_if.1, body=%while_do.1
   %one.1 = s32[]{:T(128)S(6)} constant(1)
   %chosen.1 = f32[4,256]{1,0} conditional(%one.1, %logits.2, %logits.2), branch_computations={%greedy.1, %sample.1}
   ROOT %t.5 = (bf16[4,8,128], bf16[3,128,128], f32[4,256]) tuple(%cache.2, %experts.1, %chosen.1)
