@@ -22,9 +22,7 @@ def network(model: Qwen3, params: Any) -> Forward:
     def forward(
         tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
-        weights, tokens_BT = jax.lax.platform_dependent(
-            (params, tokens_BT), cpu=cpu.keep_in_loop, default=lambda x: x
-        )
+        weights, tokens_BT = jax.lax.platform_dependent((params, tokens_BT), cpu=cpu.keep_in_loop, default=lambda x: x)
         out: Any = model.apply({"params": weights}, tokens_BT, positions_BT, segment_ids_BT, cache)
         last_B = last_place(segment_ids_BT)[:, None, None]
         hidden_B1D = jnp.take_along_axis(out.hidden, last_B, axis=1)

@@ -29,7 +29,7 @@ def attention(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS:
 
     As many keys as queries are the same tokens: no query then looks at a key after its own, whatever the mask says.
     """
-    batch, length, heads, head_dim = q_BTNH.shape
+    batch, length, _, head_dim = q_BTNH.shape
     q_BTKGH = q_BTNH.reshape(batch, length, k_BKHS.shape[1], -1, head_dim)
     if length == 1:
 

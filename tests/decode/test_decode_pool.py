@@ -177,11 +177,12 @@ def test_edge_63_a_sharded_mesh_gives_the_same_ids(mesh: Any) -> None:
 
 
 def filled(prompt_slots: int, ring_slots: int, next_slot: int) -> KVCache:
-    """A cache of two rows whose slot s holds the token of position 10 * row + s and the key -position - 1."""
+    """A cache of two rows whose slot s holds the token of position 10 * row + s, its key and value -position - 1."""
     cache = KVCache.create(CONFIG, 2, prompt_slots, jnp.float32, ring_slots)
     positions = 10 * np.arange(2)[:, None] + np.arange(prompt_slots + ring_slots)
-    keys = tuple(jnp.broadcast_to(-1.0 - positions[:, :, None, None], k.shape) for k in cache.keys)
-    return cache.replace(keys=keys, positions_BS=jnp.int32(positions), next_slot=jnp.int32(next_slot))
+    keys = tuple(jnp.broadcast_to(-1.0 - positions[:, None, None, :], k.shape) for k in cache.keys)
+    values = tuple(jnp.broadcast_to(-1.0 - positions[:, None, :, None], v.shape) for v in cache.values)
+    return cache.replace(keys=keys, values=values, positions_BS=jnp.int32(positions), next_slot=jnp.int32(next_slot))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,8 @@ def test_a_resized_cache_keeps_the_first_of_the_prompts_and_the_last_of_the_ring
     for i in range(2):
         expected = [EMPTY if at is None else 10 * i + at for at in row]
         assert np.asarray(cache.positions_BS)[i].tolist() == expected
-        assert np.asarray(cache.keys[0])[i, :, 0, 0].tolist() == [0.0 if at == EMPTY else -1.0 - at for at in expected]
+        stored = [0.0 if at == EMPTY else -1.0 - at for at in expected]
+        assert np.asarray(cache.keys[0])[i, 1, 3].tolist() == np.asarray(cache.values[0])[i, 1, :, 3].tolist() == stored
 
 
 def test_the_next_slot_wraps_to_the_rings_first() -> None:
@@ -218,5 +220,6 @@ def test_admitted_rows_replace_others_whole() -> None:
     old = filled(3, 2, 4)
     cache = old.admit(new, jnp.array([1, 2]))
     assert np.asarray(cache.positions_BS).tolist() == [[0, 1, 2, 3, 4], [0, 1, EMPTY, EMPTY, EMPTY]]
-    np.testing.assert_array_equal(cache.keys[0][1, :2], new.keys[0][0])
+    np.testing.assert_array_equal(cache.keys[0][1, ..., :2], new.keys[0][0])
+    np.testing.assert_array_equal(cache.values[0][1, :, :2], new.values[0][0])
     np.testing.assert_array_equal(cache.keys[0][0], old.keys[0][0])
