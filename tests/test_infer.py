@@ -12,6 +12,10 @@ from qwen3_jax.cli.infer import main
 from qwen3_jax.serve import Engine, shipped_model
 
 
+FILES = ("--input", "in.jsonl", "--output", "out.jsonl")
+CPU8 = str(Path(__file__).parents[1] / "configs" / "mesh" / "cpu8.yaml")
+
+
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     return Engine.load(shipped_model())
@@ -186,9 +190,10 @@ def test_strict_stops_before_anything_is_written(capsys: pytest.CaptureFixture[s
         (["--prompt", "x", "--thinking-budget", "4", "--max-new-tokens", "9"], "max_new_tokens: 9 leaves 9"),
         (["--prompt", "x", "--model", "/nowhere"], "tokenizer: '/nowhere' has none"),
         (["--prompt", "x", "--mesh", "missing.yaml"], "config: 'missing.yaml' does not exist"),
+        ([*FILES, "--mesh", CPU8, "--batch-size", "6"], "--batch-size: 6; a multiple of the mesh's 4 parts fits"),
         (["--input", "missing.jsonl"], "--input, --output: one without the other"),
-        (["--input", "in.jsonl", "--output", "out.jsonl", "--stream"], "--stream: with --input; --prompt fits"),
-        (["--input", "in.jsonl", "--output", "out.jsonl", "--samples", "0"], "--samples: 0; a number >= 1 fits"),
+        ([*FILES, "--stream"], "--stream: with --input; --prompt fits"),
+        ([*FILES, "--samples", "0"], "--samples: 0; a number >= 1 fits"),
         (["--input", "missing.jsonl", "--output", "out.jsonl"], "input: 'missing.jsonl' does not exist"),
     ],
 )

@@ -18,7 +18,7 @@ from qwen3_jax.cli.errors import exits_cleanly
 from qwen3_jax.cli.progress import file_progress
 from qwen3_jax.serve import Engine, shipped_model
 from qwen3_jax.serve.files import decode_file
-from sharding import MeshConfig, make_mesh, start_processes
+from sharding import MeshConfig, make_mesh, num_parts, start_processes
 
 _SETTINGS = (
     *("thinking_budget", "auto_threshold", "auto_cap", "grace", "max_new_tokens", "temperature", "top_p", "top_k"),
@@ -124,6 +124,8 @@ def _prompt(engine: Engine, args: argparse.Namespace, defaults: dict[str, object
 def _file(engine: Engine, args: argparse.Namespace, defaults: dict[str, object]) -> None:
     part, parts = jax.process_index(), jax.process_count()
     output = args.output if parts == 1 else args.output.with_name(f"{args.output.name}-{part:05d}-of-{parts:05d}")
+    if args.batch_size % num_parts("batch"):
+        raise ValueError(f"--batch-size: {args.batch_size}; a multiple of the mesh's {num_parts('batch')} parts fits")
     settings = {**defaults, "model": str(args.model.resolve()), "dtype": args.dtype, "logprobs": args.logprobs}
     console = Console(stderr=True)
     with file_progress(console) as report:
