@@ -203,9 +203,13 @@ def main() -> None:
     speed = bandwidth()
     read = sum(x.nbytes for x in jax.tree.leaves(params))
     read -= 0 if config.tie_word_embeddings else head_weight(config, params).nbytes  # rows of the table are looked up
-    print(f"{args.shape}, {config.num_hidden_layers} layers, {args.dtype}; {speed / 1e9:.1f} GB/s; weights {read / 1e9:.2f} GB")
+    print(
+        f"{args.shape}, {config.num_hidden_layers} layers, {args.dtype}; {speed / 1e9:.1f} GB/s; weights {read / 1e9:.2f} GB"
+    )
     for batch in args.batch:
-        slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * jnp.dtype(args.dtype).itemsize
+        slot = (
+            2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * jnp.dtype(args.dtype).itemsize
+        )
         cached = batch * (args.prompt + args.new // 2) * slot
         compare(contestants, batch, args.prompt, args.new, args.reps, (read + cached) / speed * 1e3)
 

@@ -47,7 +47,7 @@ def write_gguf(checkpoint: Path, target: Path) -> None:
                 value = (value.astype(np.uint32) << 16).view(np.float32)
             kind = gguf.GGMLQuantizationType.BF16 if value.dtype == np.uint16 else None
             value = value.view(np.uint8) if kind else value
-            writer.add_tensor(names.get_name(name, (".weight",)) + ".weight", value, raw_dtype=kind)
+            writer.add_tensor(names.get_name(name, (".weight",)), value, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -91,9 +91,11 @@ if __name__ == "__main__":
     if not (folder / "model.gguf").exists():
         write_gguf(folder, folder / "partial.gguf")
         (folder / "partial.gguf").rename(folder / "model.gguf")
-    ll.llama_log_set(ll.llama_log_callback(lambda *_: None), None)
+    quiet = ll.llama_log_callback(lambda *_: None)  # llama.cpp keeps no reference to it
+    ll.llama_log_set(quiet, None)
     ll.llama_backend_init()
     loaded = ll.llama_model_load_from_file(str(folder / "model.gguf").encode(), ll.llama_model_default_params())
+    assert loaded, f"{folder}: llama.cpp refuses the GGUF"
     print("ready", flush=True)
     for line in sys.stdin:
         print(*run(loaded, int(sys.argv[2]), *map(int, line.split())), flush=True)

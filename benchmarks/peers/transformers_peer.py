@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.utils import logging
 
 
 @torch.inference_mode()
@@ -34,6 +35,7 @@ def run(model: Any, step: Any, static: bool, rows: int, prompt: int, new: int) -
 
 
 if __name__ == "__main__":
+    logging.disable_progress_bar()
     torch.set_num_threads(int(sys.argv[2]))
     loaded = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").eval()
     fixed = sys.argv[3:] == ["static"]

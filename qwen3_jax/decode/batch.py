@@ -20,6 +20,7 @@ from qwen3_jax.decode.network import network
 from qwen3_jax.decode.pack import Packed, check_request, pack, pack_markers, results, round_up
 from qwen3_jax.decode.request import Request, Result
 from qwen3_jax.model import Qwen3, unstack_layers
+from qwen3_jax.ops import cpu
 
 _STEPS_PER_REPORT = 16
 
@@ -73,7 +74,8 @@ def generate(
 def prefill_rows(params: Any, packed: Packed, markers: Markers, *, model: Qwen3, max_new: int) -> DecodeState:
     """Each row's first token, and a cache of the prompts alone."""
     batch, length = packed.prompt_BP.shape
-    cache = KVCache.create(model.config, batch, length, model.dtype or params["embed_tokens"].dtype)
+    dtype = cpu.cache_dtype(model.dtype or params["embed_tokens"].dtype)
+    cache = KVCache.create(model.config, batch, length, dtype)
     forward = network(model, params)
     return prefill(
         forward, packed.prompt_BP, packed.there_BP, packed.rows, packed.budget, markers, cache, max_new=max_new

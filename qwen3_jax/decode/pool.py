@@ -33,6 +33,7 @@ from qwen3_jax.decode.loop import DecodeState, Rows
 from qwen3_jax.decode.pack import BUCKET, Written, check_request, pack, pack_markers
 from qwen3_jax.decode.request import Request, Result
 from qwen3_jax.model import Qwen3, unstack_layers
+from qwen3_jax.ops import cpu
 from sharding import constrain, num_parts
 
 Watch = Callable[[Hashable, Callable[[], Result]], bool]
@@ -294,7 +295,7 @@ def _empty(
     params: Any, settings: Rows, budget: Any, *, model: Qwen3, rows: int, slots: tuple[int, int], max_new: int
 ) -> tuple[DecodeState, Rows]:
     """`rows` finished rows, with the shapes of `settings` and `budget`, which are of one row."""
-    dtype = model.dtype or params["embed_tokens"].dtype
+    dtype = cpu.cache_dtype(model.dtype or params["embed_tokens"].dtype)
     settings, budget = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), (settings, budget))
     state = DecodeState(
         budget=budget.replace(phase_B=jnp.full(rows, bud.DONE, jnp.int32)),

@@ -19,7 +19,7 @@ from flax import struct
 
 from qwen3_jax.cache import KEY_SLOTS, VALUE_SLOTS
 from qwen3_jax.config import ModelConfig
-from qwen3_jax.ops.arrays import linear, update
+from qwen3_jax.ops.arrays import linear
 from qwen3_jax.ops.attention import attention
 from qwen3_jax.ops.moe import RouterStats, expert_capacity, moe_capacity, moe_exact, moe_few, route
 from qwen3_jax.ops.norm import rms_norm
@@ -57,7 +57,7 @@ class Attention(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, context: Context, cached: tuple[jax.Array, jax.Array] | None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        cfg, dtype = self.config, x_BTD.dtype
+        cfg = self.config
         d, n, k, h = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         init = nn.initializers.normal(cfg.initializer_range)
         wq_NHD = declare(self, "q_proj", (n, h, d), ("heads", "head_dim", "embed"), init)
@@ -74,10 +74,11 @@ class Attention(nn.Module):
         k_BKHS = constrain(k_BTKH, "batch", "length", "act_kv_heads", "head_dim").transpose(0, 2, 3, 1)
         v_BKSH = constrain(v_BTKH, "batch", "length", "act_kv_heads", "head_dim").transpose(0, 2, 1, 3)
         if cached is not None and context.slot is not None:
-            k_BKHS = update(cached[0], k_BKHS, context.slot, axis=KEY_SLOTS)
-            v_BKSH = update(cached[1], v_BKSH, context.slot, axis=VALUE_SLOTS)
+            k_BKHS, v_BKSH = k_BKHS.astype(cached[0].dtype), v_BKSH.astype(cached[1].dtype)
+            k_BKHS = jax.lax.dynamic_update_slice_in_dim(cached[0], k_BKHS, context.slot, KEY_SLOTS)
+            v_BKSH = jax.lax.dynamic_update_slice_in_dim(cached[1], v_BKSH, context.slot, VALUE_SLOTS)
             cached = (k_BKHS, v_BKSH)
-        out_BTNH = attention(q_BTNH, k_BKHS.astype(dtype), v_BKSH.astype(dtype), context.mask_BTS)
+        out_BTNH = attention(q_BTNH, k_BKHS, v_BKSH, context.mask_BTS)
         out_BTD = linear(out_BTNH, wo_DNH, inputs=2)
         return constrain(out_BTD, "batch", "length", "act_embed"), cached
 

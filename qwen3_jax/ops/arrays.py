@@ -1,4 +1,4 @@
-"""Products, look-ups and updates, as fast as each backend has them.
+"""Products and look-ups, as fast as each backend has them.
 
 Shapes: B batch, T tokens, D inputs, F outputs, V vocabulary.
 """
@@ -42,12 +42,3 @@ def lookup(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     if table_VD.dtype == jnp.bfloat16:
         return jax.lax.platform_dependent(table_VD, ids_BT, cpu=cpu.lookup_bf16, default=lambda t, i: t[i])
     return table_VD[ids_BT]
-
-
-def update(x: jax.Array, part: jax.Array, at: jax.Array, *, axis: int) -> jax.Array:
-    """`x` with `part`, in x's dtype, from index `at` of `axis` on."""
-    start = tuple(at if i == axis else 0 for i in range(x.ndim))
-    part = part.astype(x.dtype)
-    if x.dtype == jnp.bfloat16:
-        return jax.lax.platform_dependent(x, part, start, cpu=cpu.update_bf16, default=jax.lax.dynamic_update_slice)
-    return jax.lax.dynamic_update_slice(x, part, start)

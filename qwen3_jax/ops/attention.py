@@ -51,6 +51,7 @@ def attention(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS:
 
 
 def _attend(q_BTKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    k_BKHS, v_BKSH = k_BKHS.astype(q_BTKGH.dtype), v_BKSH.astype(q_BTKGH.dtype)
     scores = jnp.einsum("BTKGH,BKHS->BKGTS", q_BTKGH, k_BKHS, preferred_element_type=jnp.float32)
     # A large finite number, not -inf: a padding query that may look nowhere then stays finite.
     scores = jnp.where(mask_BTS[:, None, None], scores * q_BTKGH.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)

@@ -30,10 +30,10 @@ def lookup_bf16(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits_VD[ids_BT], jnp.bfloat16)
 
 
-def update_bf16(x: jax.Array, part: jax.Array, start: tuple[Any, ...]) -> jax.Array:
-    """`dynamic_update_slice` of bits: of numbers, it would widen the whole array and narrow it again."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint16), jax.lax.bitcast_convert_type(part, jnp.uint16)
-    return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(*bits, start), jnp.bfloat16)
+def cache_dtype(dtype: Any) -> Any:
+    """That of a cache for activations of `dtype`. An update of a bfloat16 array widens and narrows all of it, and sums
+    of products are taken in float32 anyway. A dtype is in the shapes, so the running backend decides here."""
+    return jnp.float32 if jax.default_backend() == "cpu" else dtype
 
 
 def attend_one(q_BKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BS: jax.Array) -> jax.Array:
