@@ -11,6 +11,7 @@ group, D hidden_size, F moe_intermediate_size.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -160,15 +161,15 @@ def _used_experts(x_BTD: jax.Array, gates_BTE: jax.Array, experts: tuple[jax.Arr
     """[B, T, D] float32: a loop over the experts with a gate that is not 0."""
     used_E = (gates_BTE != 0).any(axis=(0, 1))
     order_E = jnp.argsort(~used_E)
+    matmul = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def add_expert(i: jax.Array, out_BTD: jax.Array) -> jax.Array:
         # Nothing done to a whole table (a conversion of its type) may be taken out of the loop.
         tables, expert = jax.lax.optimization_barrier((experts, order_E[i]))
         gate_FD, up_FD, down_DF = (jax.lax.dynamic_index_in_dim(table, expert, keepdims=False) for table in tables)
         gates_BT1 = jax.lax.dynamic_slice_in_dim(gates_BTE, expert, 1, axis=2).astype(x_BTD.dtype)
-        gate_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, gate_FD)
-        up_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, up_FD)
-        hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF * gates_BT1
-        return out_BTD + jnp.einsum("BTF,DF->BTD", hidden_BTF, down_DF, preferred_element_type=jnp.float32)
+        gate_BTF, up_BTF = matmul("BTD,FD->BTF", x_BTD, gate_FD), matmul("BTD,FD->BTF", x_BTD, up_FD)
+        hidden_BTF = (jax.nn.silu(gate_BTF) * up_BTF).astype(x_BTD.dtype) * gates_BT1
+        return out_BTD + matmul("BTF,DF->BTD", hidden_BTF, down_DF)
 
     return jax.lax.fori_loop(0, used_E.sum(), add_expert, jnp.zeros(x_BTD.shape, jnp.float32))
