@@ -11,7 +11,6 @@ import pytest
 from qwen3_jax.cli.infer import main
 from qwen3_jax.serve import Engine, shipped_model
 
-
 FILES = ("--input", "in.jsonl", "--output", "out.jsonl")
 CPU8 = str(Path(__file__).parents[1] / "configs" / "mesh" / "cpu8.yaml")
 

@@ -32,8 +32,11 @@ def lookup_bf16(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
 
 def cache_dtype(dtype: Any) -> Any:
     """That of a cache for activations of `dtype`. An update of a bfloat16 array widens and narrows all of it, and sums
-    of products are taken in float32 anyway. A dtype is in the shapes, so the running backend decides here."""
-    return jnp.float32 if jax.default_backend() == "cpu" else dtype
+    of products are taken in float32 anyway. A dtype is in the shapes, so the mesh or the backend decides here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return jnp.float32 if platform == "cpu" else dtype
 
 
 def attend_one(q_BKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BS: jax.Array) -> jax.Array:
