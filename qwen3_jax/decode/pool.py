@@ -12,12 +12,13 @@ Shapes: B rows, A rows admitted together, M most tokens written.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,8 @@ Watch = Callable[[Hashable, Callable[[], Result]], bool]
 
 _PREFILL_TOKENS = 16384  # most tokens of one prefill, padding included: bounds its activations
 _FEW = 4  # rows of a prefill that fills single places
+
+_compiled: set[Any] = set()  # programs, by what they do and for which shapes
 
 _prefill = functools.partial(jax.jit, static_argnames=("model", "max_new"))(prefill_rows)
 
@@ -153,12 +156,16 @@ class Pool:
                 raise ValueError(f"max_new_tokens: {request.max_new_tokens}; at most {self._max_new} fits this pool")
             new.append((_Row(key, len(request.prompt_ids), limit), request))
         self.load.admitted += len(new)
-        free = [i for i, row in enumerate(self._places) if row is None]
-        for place, (row, _) in zip(free, new, strict=False):
+        free = (place for place, row in enumerate(self._places) if row is None)
+        placed = [(next(free), row, request) for row, request in new]
+        for place, row, _ in placed:
             self._places[place] = row
         self._fit_cache()
-        by_length = sorted(zip(free, new, strict=False), key=lambda item: _bucket(item[1][0].prompt))
-        for slots, group in itertools.groupby(by_length, key=lambda item: _bucket(item[1][0].prompt)):
+
+        def slots_of(item: tuple[int, _Row, Request]) -> int:
+            return _bucket(item[1].prompt)
+
+        for slots, group in itertools.groupby(sorted(placed, key=slots_of), key=slots_of):
             waiting = list(group)
             while waiting:
                 size = self._prefill_size(len(waiting), slots)
@@ -171,9 +178,9 @@ class Pool:
         most = max(_PREFILL_TOKENS // slots // self._parts * self._parts, self._parts)
         return min(few if waiting <= few else len(self._places), most)
 
-    def _prefill(self, admitted: Sequence[tuple[int, tuple[_Row, Request]]], slots: int, size: int) -> None:
-        limits = [row.max_new for _, (row, _) in admitted]
-        requests = [request for _, (_, request) in admitted]
+    def _prefill(self, admitted: Sequence[tuple[int, _Row, Request]], slots: int, size: int) -> None:
+        limits = [row.max_new for _, row, _ in admitted]
+        requests = [request for _, _, request in admitted]
         spare = size - len(admitted)  # repeats of the first row, put nowhere
         packed = pack(
             requests + requests[:1] * spare,
@@ -182,7 +189,7 @@ class Pool:
             self._tokens,
             prompt_slots=slots,
         )
-        places: Any = np.array([place for place, _ in admitted] + [len(self._places)] * spare, np.int32)
+        places: Any = np.array([place for place, _, _ in admitted] + [len(self._places)] * spare, np.int32)
         with self._compiling("prefill", f"{size} x {slots}"):
             new = _prefill(self._params, packed, self._markers, model=self._model, max_new=self._max_new)
         with self._compiling("admission", f"{size} x {slots} to {self._shape}"):
@@ -254,26 +261,15 @@ class Pool:
         assert self._state is not None
         return f"{len(self._places)} x ({self._state.cache.prompt_slots} + {self._state.cache.ring_slots})"
 
-    def _compiling(self, what: str, shapes: str) -> Any:
-        about = (self._model, self._max_new, jax.sharding.get_abstract_mesh())
-        return _Announced(self._announce, about, f"{what} {shapes}")
-
-
-class _Announced:
-    """Tells how long the first dispatch of a program takes in this process, which is its compilation."""
-
-    _seen: ClassVar[set[Any]] = set()
-
-    def __init__(self, announce: Callable[[str, float], None] | None, about: Any, what: str) -> None:
-        self._announce, self._key, self._what = announce, (about, what), what
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *error: Any) -> None:
-        if self._key not in self._seen and self._announce is not None:
-            self._announce(self._what, time.perf_counter() - self._start)
-        self._seen.add(self._key)
+    @contextlib.contextmanager
+    def _compiling(self, what: str, shapes: str) -> Iterator[None]:
+        """Announces how long the first dispatch of a program takes in this process, which is its compilation."""
+        start = time.perf_counter()
+        yield
+        program = (what, shapes, self._model, self._max_new, jax.sharding.get_abstract_mesh())
+        if program not in _compiled and self._announce is not None:
+            self._announce(f"{what} {shapes}", time.perf_counter() - start)
+        _compiled.add(program)
 
 
 def _bucket(n: int) -> int:
