@@ -29,7 +29,7 @@ from qwen3_jax.decode.budget import UNLIMITED
 from qwen3_jax.decode.loop import DecodeState
 from qwen3_jax.decode.network import network
 from qwen3_jax.decode.pack import pack, pack_markers, round_up
-from qwen3_jax.model import Qwen3, head_weight
+from qwen3_jax.model import Qwen3
 
 REENTRY = 32  # steps between leaving the loop and entering it again
 PEERS = Path(__file__).parent / "peers"
@@ -136,15 +136,17 @@ def start_peers(names: Sequence[str], checkpoint: Path, threads: int) -> dict[st
     return peers
 
 
-def bandwidth() -> float:
-    """Bytes per second that a float32 matrix-vector product reads, the best of ten."""
-    matrix, vector, times = jnp.ones((151936, 1024)), jnp.ones(1024), []
-    product = jax.jit(lambda m, v: m @ v)
-    for _ in range(10):
+@functools.cache
+def bandwidth_probe() -> Callable[[], float]:
+    """A function that tells how many bytes per second a float32 matrix-vector product of an LM head's size reads."""
+    matrix, vector, product = jnp.ones((151936, 1024)), jnp.ones(1024), jax.jit(jnp.matmul)
+
+    def probe() -> float:
         begin = time.perf_counter()
         product(matrix, vector).block_until_ready()
-        times.append(time.perf_counter() - begin)
-    return matrix.nbytes / min(times)
+        return matrix.nbytes / (time.perf_counter() - begin)
+
+    return probe
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
@@ -152,12 +154,20 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}..{max(values):.{digits}f})"
 
 
-def compare(contestants: Mapping[str, Measure], batch: int, prompt: int, new: int, reps: int, floor_ms: float) -> None:
-    """Warms each up, runs them in turns, prints a table; ratios are medians over the turns, above 1 ours is faster."""
-    for measure in contestants.values():
-        measure(batch, prompt, new)
-    turns = [{name: measure(batch, prompt, new) for name, measure in contestants.items()} for _ in range(reps)]
-    print(f"\n| {batch} x {prompt} + {new} | prefill tok/s | ratio | ms per step | tok/s | of floor | ratio |")
+def compare(contestants: Mapping[str, Measure], batch: int, prompt: int, new: int, reps: int, read: int) -> None:
+    """Warms each up, runs them in turns, prints a table.
+
+    Ratios are medians over the turns, above 1 where the first contestant is faster. `read`: bytes a step must read; the
+    floor is its time at the best bandwidth seen between the turns.
+    """
+    speeds, turns = [], []
+    for _ in range(reps + 1):
+        turns.append({name: measure(batch, prompt, new) for name, measure in contestants.items()})
+        speeds += [bandwidth_probe()() for _ in range(4)]
+    del turns[0]
+    floor_ms = read / max(speeds) * 1e3
+    print(f"\nfloor {floor_ms:.1f} ms ({read / 1e9:.2f} GB at {max(speeds) / 1e9:.1f} GB/s)\n")
+    print(f"| {batch} x {prompt} + {new} | prefill tok/s | ratio | ms per step | tok/s | of floor | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     first = next(iter(contestants))
     for name in contestants:
@@ -200,18 +210,14 @@ def main() -> None:
             hf.save_checkpoint(checkpoint, config, params)
         contestants |= start_peers(args.peers, checkpoint, args.threads)
 
-    speed = bandwidth()
-    read = sum(x.nbytes for x in jax.tree.leaves(params))
-    read -= 0 if config.tie_word_embeddings else head_weight(config, params).nbytes  # rows of the table are looked up
-    print(
-        f"{args.shape}, {config.num_hidden_layers} layers, {args.dtype}; {speed / 1e9:.1f} GB/s; weights {read / 1e9:.2f} GB"
-    )
+    weights = sum(x.nbytes for x in jax.tree.leaves(params))
+    if not config.tie_word_embeddings:  # only rows of the table are read
+        weights -= params["embed_tokens"].nbytes
+    print(f"{args.shape}, {config.num_hidden_layers} layers, {args.dtype}")
+    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * jnp.dtype(args.dtype).itemsize
     for batch in args.batch:
-        slot = (
-            2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * jnp.dtype(args.dtype).itemsize
-        )
-        cached = batch * (args.prompt + args.new // 2) * slot
-        compare(contestants, batch, args.prompt, args.new, args.reps, (read + cached) / speed * 1e3)
+        read = weights + batch * (args.prompt + args.new // 2) * slot
+        compare(contestants, batch, args.prompt, args.new, args.reps, read)
 
 
 if __name__ == "__main__":

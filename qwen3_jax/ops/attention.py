@@ -31,22 +31,18 @@ def attention(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS:
     """
     batch, length, _, head_dim = q_BTNH.shape
     q_BTKGH = q_BTNH.reshape(batch, length, k_BKHS.shape[1], -1, head_dim)
-    if length == 1:
 
-        def sums(q_BTKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-            out_BKGH = cpu.attend_one(q_BTKGH[:, 0], k_BKHS, v_BKSH, mask_BTS[:, 0])
-            return out_BKGH[:, None].astype(q_BTKGH.dtype)
+    def on_cpu(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        attend = cpu.attend_one if length == 1 else _attend
+        return attend(*(x.astype(jnp.float32) for x in (q, k, v)), mask).astype(q.dtype)
 
-        out_BTKGH = jax.lax.platform_dependent(q_BTKGH, k_BKHS, v_BKSH, mask_BTS, cpu=sums, default=_attend)
-        return out_BTKGH.reshape(q_BTNH.shape)
-    block = length
+    block, out = length, []
     if length == k_BKHS.shape[-1]:
         block = max(_LEAST_BLOCK, -(-length // _MOST_BLOCKS))
-    out = []
     for start in range(0, length, block):
-        queries = slice(start, start + block)
-        keys = slice(0, start + block if block < length else None)
-        out.append(_attend(q_BTKGH[:, queries], k_BKHS[..., keys], v_BKSH[:, :, keys], mask_BTS[:, queries, keys]))
+        queries, keys = slice(start, start + block), slice(start + block if block < length else None)
+        inputs = q_BTKGH[:, queries], k_BKHS[..., keys], v_BKSH[:, :, keys], mask_BTS[:, queries, keys]
+        out.append(jax.lax.platform_dependent(*inputs, cpu=on_cpu, default=_attend))
     return jnp.concatenate(out, axis=1).reshape(q_BTNH.shape)
 
 
