@@ -34,7 +34,8 @@ def attention(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS:
 
     def on_cpu(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
         attend = cpu.attend_one if length == 1 else _attend
-        return attend(*(x.astype(jnp.float32) for x in (q, k, v)), mask).astype(q.dtype)
+        q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+        return attend(q32, k32, v32, mask).astype(q.dtype)
 
     block, out = length, []
     if length == k_BKHS.shape[-1]:
