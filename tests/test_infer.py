@@ -110,6 +110,10 @@ def test_a_file_of_mixed_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path
         {"id": "z", "prompt": "hi " * 600},
         {"id": "a", "prompt": "hi"},
         {"id": [1], "prompt": "hi"},
+        '{"prompt": "\\ud800"}',
+        '{"prompt": "hi", "answer": NaN}',
+        "[" * 100_000,
+        {"id": "w", "prompt": "hi", "sample": 2**31},
     ]
     source = write(tmp_path / "in.jsonl", good[0], bad[0], good[1], bad[1], bad[2], good[2], *bad[3:])
     code, summary, err = run(capsys, "--input", str(source), "--output", str(tmp_path / "out.jsonl"))
@@ -123,10 +127,12 @@ def test_a_file_of_mixed_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert "tokens; at most 511 fit the context of 512" in errors[7]
     assert errors[8] == 'id: "a" stands on line 1 too; another one fits'
     assert errors[9] == "id: [1]; a string or a whole number fits"
+    assert all(errors[line].startswith("not valid JSON (") for line in (10, 11, 12))
+    assert errors[13] == "sample: 2147483648; a whole number in 0..2147483647 fits"
     answers = {record["id"]: record for record in out if "error" not in record}
     assert answers["c"]["answer"] == answers["c"]["content"] == "8"
     counts = json.loads(summary)
-    assert (counts["prompts"], counts["done"], counts["errors"]) == (3, 3, 6)
+    assert (counts["prompts"], counts["done"], counts["errors"]) == (3, 3, 10)
     assert counts["thinking_ends"] == {"budget": 1, "off": 1, "natural": 1}
     assert counts["tokens"] == sum(len(record["token_ids"]) for record in answers.values())
     for record in good:
@@ -168,6 +174,24 @@ def test_the_mode_may_be_left_to_the_question(capsys: pytest.CaptureFixture[str]
     assert decided[1]["thinking_end"] == "off" != plain[1]["thinking_end"]
     assert "mode_rule" not in plain[0]
     assert {**decided[0], "mode_rule": 0} == {**plain[0], "mode_rule": 0}
+
+
+@pytest.mark.parametrize("text", ["mine", "mine\n", '{"id": 1, "sample": 0}\n', ""])
+def test_a_file_that_no_run_began_is_left_as_it_is(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str
+) -> None:
+    """Without a newline at its end too, which an answer that was cut off also lacks; an empty one is taken."""
+    source = write(tmp_path / "in.jsonl", {"prompt": "What is 2 + 3?"})
+    target = tmp_path / "out.jsonl"
+    target.write_text(text)
+    code, _, err = run(capsys, "--input", str(source), "--output", str(target))
+    assert code == (2 if text else 0)
+    if text:
+        assert "exists, without the 'out.jsonl.run.json' of a run; another fits" in err
+        assert target.read_text() == text
+    code, _, err = run(capsys, "--input", str(source), "--output", str(source))
+    assert (code, read(source)) == (2, [{"prompt": "What is 2 + 3?"}])
+    assert "is the input; another file fits" in err
 
 
 def test_strict_stops_before_anything_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

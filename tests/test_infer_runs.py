@@ -126,9 +126,13 @@ def refused(process: subprocess.Popen[str]) -> str:
 def test_a_file_is_not_continued_under_other_settings(folder: Path, whole: Any) -> None:
     other = start(folder, "whole.jsonl", "--samples", str(SAMPLES), "--temperature", "0.5")
     assert "was begun with temperature None, not 0.5; the same, or another file, fits" in refused(other)
-    (folder / "notes.txt").write_text("mine\n")
-    assert "exists, and line 1 is not an answer; another file fits" in refused(start(folder, "notes.txt"))
-    assert (folder / "notes.txt").read_text() == "mine\n"
+    answers = folder / "whole.jsonl"
+    before = answers.read_text(encoding="utf-8")
+    answers.write_text("mine\n" + before, encoding="utf-8")
+    damaged = start(folder, answers.name, "--samples", str(SAMPLES))
+    assert "exists, and line 1 is not an answer; another file fits" in refused(damaged)
+    assert answers.read_text(encoding="utf-8") == "mine\n" + before
+    answers.write_text(before, encoding="utf-8")
 
 
 def test_two_processes_cannot_write_one_file(folder: Path) -> None:

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from qwen3_jax.decode import Pool, Result, check_request
 from qwen3_jax.serve.engine import Engine, Job
@@ -79,12 +79,13 @@ class _Line:
     limit: int
 
 
-class _Place(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Place:
     """Which answer to which line; `answer` is the line's own, to compare with."""
 
     line: _Line
     sample: int
-    answer: Any
+    answer: Any = dataclasses.field(compare=False)
 
 
 def decode_file(
@@ -121,7 +122,9 @@ def decode_file(
     """
     if not source.is_file():
         raise ValueError(f"input: {str(source)!r} does not exist; a JSONL file fits")
-    lines, errors, digest = _index(engine, source, defaults, strict, part)
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"output: {str(target)!r} is the input; another file fits")
+    lines, errors, digest = _index(engine, source, defaults, samples, strict, part)
     tally = Tally(prompts=len(lines), samples=len(lines) * samples, errors=len(errors))
     with Output(target, {**settings, "samples": samples, "input_sha256": digest}) as output:
         for error in errors:
@@ -183,14 +186,14 @@ def _jobs(
     """Reads each line again when its turn comes: the file's requests need not fit into memory."""
     for line, sample in waiting:
         file.seek(line.offset)
-        record = json.loads(file.readline())
+        record = _parse(file.readline())
         job = engine.job(record, defaults)
         request = dataclasses.replace(job.request, sample=job.request.sample + sample)
         yield _Place(line, sample, record.get("answer")), dataclasses.replace(job, request=request)
 
 
 def _index(
-    engine: Engine, source: Path, defaults: Mapping[str, Any], strict: bool, part: tuple[int, int]
+    engine: Engine, source: Path, defaults: Mapping[str, Any], samples: int, strict: bool, part: tuple[int, int]
 ) -> tuple[list[_Line], list[dict[str, Any]], str]:
     """The lines of this part that can be answered, error records for those that cannot, and the file's SHA-256."""
     lines, errors = [], []
@@ -214,6 +217,7 @@ def _index(
                 if not ours:
                     continue
                 request = engine.job(record, defaults).request
+                dataclasses.replace(request, sample=request.sample + samples - 1)  # refuses a number that is too large
                 limit = check_request(request, engine.config, engine.tokens)
                 lines.append(_Line(number, start, key, len(request.prompt_ids), limit))
             except ValueError as error:
@@ -225,12 +229,16 @@ def _index(
 
 
 def _parse(line: bytes) -> dict[str, Any]:
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is no JSON number")
+
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = json.loads(line.decode("utf-8-sig"), parse_constant=refuse)
+        json.dumps(record, ensure_ascii=False).encode()  # fails for half a surrogate pair, which no text has
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error})") from None
     if not isinstance(record, dict):
         raise ValueError(f"{line.decode(errors='replace').strip()[:40]!r}: not a JSON object")
-    if not isinstance(record.get("id", 0), str | int):
+    if isinstance(record.get("id"), bool) or not isinstance(record.get("id", 0), str | int):
         raise ValueError(f"id: {record['id']!r:.40}; a string or a whole number fits")
     return record

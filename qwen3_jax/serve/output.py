@@ -28,6 +28,7 @@ class Output:
         if not path.parent.is_dir():
             raise ValueError(f"output: {str(path.parent)!r} is not a directory; a file in one fits")
         self.path = path
+        self._settings_path = path.with_name(path.name + ".run.json")
         self._file = path.open("a+b", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,6 +59,10 @@ class Output:
 
     def _read(self) -> set[tuple[str, int | None]]:
         done: set[tuple[str, int | None]] = set()
+        if self._file.seek(0, os.SEEK_END) and not self._settings_path.is_file():
+            raise ValueError(
+                f"output: {str(self.path)!r} exists, without the {self._settings_path.name!r} of a run; another fits"
+            )
         self._file.seek(0)
         whole = 0
         with open(self._file.fileno(), "rb", closefd=False) as lines:
@@ -76,14 +81,12 @@ class Output:
         return done
 
     def _check(self, settings: Mapping[str, Any]) -> None:
-        path = self.path.with_name(self.path.name + ".run.json")
+        path = self._settings_path
         if not self.done:
             partial = path.with_name(path.name + ".partial")
             partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             os.replace(partial, path)
             return
-        if not path.is_file():
-            raise ValueError(f"output: {str(self.path)!r} exists, without its {path.name!r}; another file fits")
         begun = json.loads(path.read_text(encoding="utf-8"))
         now = json.loads(json.dumps(settings))
         for name in {**begun, **now}:
