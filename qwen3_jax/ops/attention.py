@@ -30,27 +30,26 @@ def attention(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS:
     As many keys as queries are the same tokens: no query then looks at a key after its own, whatever the mask says.
     """
     batch, length, _, head_dim = q_BTNH.shape
-    q_BTKGH = q_BTNH.reshape(batch, length, k_BKHS.shape[1], -1, head_dim)
+    q_BKGTH = q_BTNH.reshape(batch, length, k_BKHS.shape[1], -1, head_dim).transpose(0, 2, 3, 1, 4)
 
     def on_cpu(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
         attend = cpu.attend_one if length == 1 else _attend
-        q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
-        return attend(q32, k32, v32, mask).astype(q.dtype)
+        return attend(q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32), mask).astype(q.dtype)
 
     block, out = length, []
     if length == k_BKHS.shape[-1]:
         block = max(_LEAST_BLOCK, -(-length // _MOST_BLOCKS))
     for start in range(0, length, block):
         queries, keys = slice(start, start + block), slice(start + block if block < length else None)
-        inputs = q_BTKGH[:, queries], k_BKHS[..., keys], v_BKSH[:, :, keys], mask_BTS[:, queries, keys]
+        inputs = q_BKGTH[:, :, :, queries], k_BKHS[..., keys], v_BKSH[:, :, keys], mask_BTS[:, queries, keys]
         out.append(jax.lax.platform_dependent(*inputs, cpu=on_cpu, default=_attend))
-    return jnp.concatenate(out, axis=1).reshape(q_BTNH.shape)
+    return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 
 
-def _attend(q_BTKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    k_BKHS, v_BKSH = k_BKHS.astype(q_BTKGH.dtype), v_BKSH.astype(q_BTKGH.dtype)
-    scores = jnp.einsum("BTKGH,BKHS->BKGTS", q_BTKGH, k_BKHS, preferred_element_type=jnp.float32)
+def _attend(q_BKGTH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    k_BKHS, v_BKSH = k_BKHS.astype(q_BKGTH.dtype), v_BKSH.astype(q_BKGTH.dtype)
+    scores = jnp.einsum("BKGTH,BKHS->BKGTS", q_BKGTH, k_BKHS, preferred_element_type=jnp.float32)
     # A large finite number, not -inf: a padding query that may look nowhere then stays finite.
-    scores = jnp.where(mask_BTS[:, None, None], scores * q_BTKGH.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q_BTKGH.dtype)
-    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKSH)
+    scores = jnp.where(mask_BTS[:, None, None], scores * q_BKGTH.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q_BKGTH.dtype)
+    return jnp.einsum("BKGTS,BKSH->BKGTH", weights, v_BKSH)

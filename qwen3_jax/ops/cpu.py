@@ -39,13 +39,13 @@ def cache_dtype(dtype: Any) -> Any:
     return jnp.float32 if platform == "cpu" else dtype
 
 
-def attend_one(q_B1KGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_B1S: jax.Array) -> jax.Array:
-    """Attention of one query a row, all in float32; [B, 1, K, G, H]. Sums of products, since small dots would run one
+def attend_one(q_BKG1H: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_B1S: jax.Array) -> jax.Array:
+    """Attention of one query a row, all in float32; [B, K, G, 1, H]. Sums of products, since small dots would run one
     by one, and copy the keys."""
-    scores_BKGS = (q_B1KGH[:, 0, ..., None] * k_BKHS[:, :, None]).sum(axis=-2) * k_BKHS.shape[2] ** -0.5
+    scores_BKGS = (q_BKG1H[:, :, :, 0, :, None] * k_BKHS[:, :, None]).sum(axis=-2) * k_BKHS.shape[2] ** -0.5
     scores_BKGS = jnp.where(mask_B1S[:, None], scores_BKGS, jnp.finfo(jnp.float32).min)
     weights_BKGS = jax.nn.softmax(scores_BKGS, axis=-1)
-    return (weights_BKGS[..., None] * v_BKSH[:, :, None]).sum(axis=-2)[:, None]
+    return (weights_BKGS[..., None] * v_BKSH[:, :, None]).sum(axis=-2)[:, :, :, None]
 
 
 def keep_in_loop(x: Any) -> Any:
