@@ -189,6 +189,9 @@ def test_a_file_that_no_run_began_is_left_as_it_is(
     if text:
         assert "exists, without the 'out.jsonl.run.json' of a run; another fits" in err
         assert target.read_text() == text
+    code, _, err = run(capsys, "--input", str(source), "--output", str(tmp_path))
+    assert code == 2
+    assert "Is a directory; a file that can be written fits" in err
     code, _, err = run(capsys, "--input", str(source), "--output", str(source))
     assert (code, read(source)) == (2, [{"prompt": "What is 2 + 3?"}])
     assert "is the input; another file fits" in err
@@ -215,6 +218,8 @@ def test_strict_stops_before_anything_is_written(capsys: pytest.CaptureFixture[s
         (["--prompt", "x", "--mesh", "missing.yaml"], "config: 'missing.yaml' does not exist"),
         ([*FILES, "--mesh", CPU8, "--batch-size", "6"], "--batch-size: 6; a multiple of the mesh's 4 parts fits"),
         (["--input", "missing.jsonl"], "--input, --output: one without the other"),
+        (["--prompt", "x", "--stream", "--json"], "--stream, --json: both; one of them fits"),
+        (["--prompt", "x", "--auto-cap", "3"], "--auto-cap: 3; with --thinking-budget auto it fits"),
         ([*FILES, "--stream"], "--stream: with --input; --prompt fits"),
         ([*FILES, "--samples", "0"], "--samples: 0; a number >= 1 fits"),
         (["--input", "missing.jsonl", "--output", "out.jsonl"], "input: 'missing.jsonl' does not exist"),

@@ -35,6 +35,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, given in (("--stream", args.stream), ("--json", args.json)):
         if given and args.prompt is None:
             raise ValueError(f"{name}: with --input; --prompt fits")
+    if args.stream and args.json:
+        raise ValueError("--stream, --json: both; one of them fits")
+    for name, value in (("--auto-threshold", args.auto_threshold), ("--auto-cap", args.auto_cap)):
+        if value is not None and args.thinking_budget != "auto":
+            raise ValueError(f"{name}: {value}; with --thinking-budget auto it fits")
     for name, value in (("--batch-size", args.batch_size), ("--samples", args.samples)):
         if value < 1:
             raise ValueError(f"{name}: {value}; a number >= 1 fits")

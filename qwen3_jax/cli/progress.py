@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from qwen3_jax.serve.files import Tally
+
+_SECONDS_PER_LINE = 30
 
 
 def _bar(console: Console) -> Progress:
@@ -41,15 +45,22 @@ def decoding_progress(console: Console) -> Iterator[Callable[[int, int, int], No
 
 @contextmanager
 def file_progress(console: Console) -> Iterator[Callable[[Tally], None]]:
-    """A bar for a file of prompts."""
-    with _bar(console) as progress:
-        task = progress.add_task("", total=None, status="reading")
+    """A bar for a file of prompts, and below it what the rows do; without a terminal a line now and then."""
+    progress, status = _bar(console), Text("reading", style="dim")
+    task = progress.add_task("", total=None, status="")
+    told = time.perf_counter()
+    with Live(Group(progress, status), console=console) if console.is_terminal else nullcontext():
 
         def report(tally: Tally) -> None:
-            status = (
+            nonlocal told
+            done = tally.resumed + tally.done
+            progress.update(task, completed=done, total=tally.samples)
+            status.plain = (
                 f"{tally.tokens:,} tokens, {tally.tokens_per_second:,.0f}/s, {tally.thinking_share:.0%} thinking, "
                 f"{tally.thinking_ends['budget']} cut, {tally.slot_utilisation:.0%} of slots in use"
             )
-            progress.update(task, completed=tally.resumed + tally.done, total=tally.samples, status=status)
+            if not console.is_terminal and time.perf_counter() - told >= _SECONDS_PER_LINE:
+                told = time.perf_counter()
+                console.print(f"decoded {done}/{tally.samples}: {status.plain}", highlight=False, soft_wrap=True)
 
         yield report

@@ -21,7 +21,7 @@ from qwen3_jax.decode.sampling import Sampling
 
 # Shapes are rounded up to this, so that prompts and lengths of about the same size share a compiled program.
 BUCKET = 32
-_NEVER = 2.0  # a probability that nothing reaches
+_READY, _NEVER = 0.25, 2.0  # probabilities of </think>: by default enough, and that nothing reaches
 
 
 class Packed(NamedTuple):
@@ -85,6 +85,12 @@ def _budget(request: Request) -> int:
     if budget is None or budget == -1:
         return int(bud.UNLIMITED)
     return min(int(budget), int(bud.UNLIMITED))
+
+
+def _ready(request: Request) -> float:
+    if request.thinking_budget != "auto":
+        return _NEVER
+    return _READY if request.auto_threshold is None else request.auto_threshold
 
 
 def _opening(request: Request, tokens: ThinkingTokens) -> _Opening:
@@ -161,7 +167,7 @@ def pack(
         limits=Limits(
             budget_B=ints(map(budget, requests, openings)),
             grace_B=field("grace", np.int32),
-            ready_B=floats(r.auto_threshold if r.thinking_budget == "auto" else _NEVER for r in requests),
+            ready_B=floats(map(_ready, requests)),
             max_new_B=ints(limits),
             reserve_B=field("answer_reserve", np.int32),
             eos_stops_B=ints(request.eos_while_thinking == "stop" for request in requests) > 0,

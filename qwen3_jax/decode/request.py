@@ -38,7 +38,7 @@ class Request:
 
     prompt_ids: Sequence[int]
     thinking_budget: int | Literal["auto"] | None = None
-    auto_threshold: float = 0.25
+    auto_threshold: float | None = None
     auto_cap: int | None = None
     grace: int = 0
     count_think_marker: bool = False
@@ -68,7 +68,11 @@ class Request:
             _check_int("thinking_budget", self.thinking_budget, -1, also="'auto'")
         if self.auto_cap is not None:
             _check_int("auto_cap", self.auto_cap, 1)
-        _check_float("auto_threshold", self.auto_threshold, 0, 1)
+        if self.auto_threshold is not None:
+            _check_float("auto_threshold", self.auto_threshold, 0, 1)
+        for name in ("auto_threshold", "auto_cap"):
+            if getattr(self, name) is not None and self.thinking_budget != "auto":
+                raise ValueError(f"{name}: {getattr(self, name)!r}, but thinking_budget is not 'auto'; none fits")
         _check_int("grace", self.grace, 0, 2**30)
         _check_int("max_new_tokens", self.max_new_tokens, 1)
         _check_int("answer_reserve", self.answer_reserve, 0, 2**31 - 1)

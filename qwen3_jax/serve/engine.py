@@ -120,6 +120,8 @@ class Engine:
         thinking = self.modes != "hybrid" or (enable_thinking and flag is not False)
         on = thinking and budget != 0 and self.modes != "instruct"
         chosen = {name: fields[name] for name in _REQUEST_FIELDS if name in fields}
+        if budget != "auto":  # a record with a budget of its own has no use for what was said of automatic ones
+            chosen = {name: chosen[name] for name in chosen if not name.startswith("auto_") or name in record}
         sampling = THINKING_SAMPLING if on else NON_THINKING_SAMPLING
         request = Request(rendered.ids, thinking=thinking, **{**sampling, **chosen})
         check_request(request, self.config, self.tokens)

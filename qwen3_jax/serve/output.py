@@ -29,7 +29,10 @@ class Output:
             raise ValueError(f"output: {str(path.parent)!r} is not a directory; a file in one fits")
         self.path = path
         self._settings_path = path.with_name(path.name + ".run.json")
-        self._file = path.open("a+b", buffering=0)
+        try:
+            self._file = path.open("a+b", buffering=0)
+        except OSError as error:
+            raise ValueError(f"output: {str(path)!r}: {error.strerror}; a file that can be written fits") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -34,10 +34,11 @@ def requests() -> list[Request]:
     def request(i: int) -> Request:
         prompt = rng.integers(0, 28, rng.integers(40, 70) if i % 13 == 5 else rng.integers(1, 28)).tolist()
         is_open = i % 3 > 0
+        budget: Any = [None, 0, 3, 7, "auto", 60][rng.integers(6)]
         return Request(
             (*prompt, EOS, GEN, *[THINK] * is_open),
-            thinking_budget=[None, 0, 3, 7, "auto", 60][rng.integers(6)],
-            auto_threshold=0.2,
+            thinking_budget=budget,
+            auto_threshold=0.2 if budget == "auto" else None,
             grace=int(rng.integers(3)),
             thinking=is_open or bool(rng.integers(2)),
             max_new_tokens=int(rng.integers(70, MAX_NEW)) if i % 7 == 3 else int(rng.integers(12, 33)),

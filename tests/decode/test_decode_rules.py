@@ -193,7 +193,9 @@ def reference_row(request: Request) -> ref.Row:
     return ref.Row(
         prompt=tuple(request.prompt_ids),
         budget=request.auto_cap if request.thinking_budget == "auto" else request.thinking_budget,
-        ready=request.auto_threshold if request.thinking_budget == "auto" else None,
+        ready=(0.25 if request.auto_threshold is None else request.auto_threshold)
+        if request.thinking_budget == "auto"
+        else None,
         grace=request.grace,
         count_think_marker=request.count_think_marker,
         thinking=request.thinking,
@@ -272,11 +274,15 @@ def any_rows(draw: st.DrawFn) -> tuple[Request, int, tuple[int, ...]]:
         "sample": draw(st.integers(0, 7)),
     }
     budgets = [None, -1, 0, 1, 1, 2, 3, 4, 5, 6, 8, 12, 24, 1024, 2**31 - 1, *["auto"] * 5]
+    budget = draw(st.sampled_from(budgets))
+    automatic = {
+        "auto_threshold": draw(st.sampled_from([0.01, 0.05, 0.2, None])),
+        "auto_cap": draw(st.sampled_from([None, 3, 9])),
+    }
     request = Request(
         prompt,
-        thinking_budget=draw(st.sampled_from(budgets)),
-        auto_threshold=draw(st.sampled_from([0.01, 0.05, 0.2])),
-        auto_cap=draw(st.sampled_from([None, 3, 9])),
+        thinking_budget=budget,
+        **(automatic if budget == "auto" else {}),
         grace=draw(st.sampled_from([0, 0, 0, 1, 4, 2**30])),
         count_think_marker=draw(st.booleans()),
         allow_empty_answer=draw(st.booleans()),
@@ -685,8 +691,9 @@ def test_an_automatic_budget_has_a_hard_cap() -> None:
     request = Request(PROMPT, thinking_budget="auto", auto_threshold=0.5, auto_cap=2, max_new_tokens=20)
     result = run([Case(request, unsure(0.9))])[0]
     assert (result.thinking_tokens, result.thinking_end) == (2, "budget")
-    never = Request(PROMPT, thinking_budget=9, auto_threshold=0.0, max_new_tokens=20)
-    assert run([Case(never, unsure(0.4))])[0].thinking_end == "budget"
+    for name, value in (("auto_cap", 2), ("auto_threshold", 0.5)):
+        with pytest.raises(ValueError, match=rf"^{name}: {value}, but thinking_budget is not 'auto'; none fits$"):
+            Request(PROMPT, thinking_budget=9, **{name: value})
 
 
 # Modes and flags -----------------------------------------------------------------------------------------------------
@@ -1000,7 +1007,7 @@ def test_edge_61_no_value_of_any_row_recompiles() -> None:
             "sample": i,
             "grace": i,
             "presence_penalty": i / 9,
-            "auto_threshold": i / 9,
+            "auto_threshold": i / 9 if i == 5 else None,
             "allow_empty_answer": i % 2 == 0,
         }
         run([case(prompt=(*[1] * i, *PROMPT), stop=stop, max_new_tokens=40 - i, answer_reserve=i, **fields)])
