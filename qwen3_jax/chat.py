@@ -153,6 +153,8 @@ def render(
     validate_messages(messages)
     if modes == "base":
         raise ValueError("messages: a base model has no chat format; a hybrid, thinking or instruct model fits")
+    if not isinstance(tools, list | tuple | None):
+        raise ValueError(f"tools: {tools!r:.60}; a list of JSON objects fits")
     for i, tool in enumerate(tools or ()):
         if not isinstance(tool, Mapping):
             raise ValueError(f"tools[{i}]: {tool!r}; a JSON object fits")

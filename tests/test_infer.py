@@ -114,6 +114,7 @@ def test_a_file_of_mixed_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path
         '{"prompt": "hi", "answer": NaN}',
         "[" * 100_000,
         {"id": "w", "prompt": "hi", "sample": 2**31},
+        {"id": "t", "prompt": "hi", "tools": 5},
     ]
     source = write(tmp_path / "in.jsonl", good[0], bad[0], good[1], bad[1], bad[2], good[2], *bad[3:])
     code, summary, err = run(capsys, "--input", str(source), "--output", str(tmp_path / "out.jsonl"))
@@ -129,10 +130,12 @@ def test_a_file_of_mixed_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert errors[9] == "id: [1]; a string or a whole number fits"
     assert all(errors[line].startswith("not valid JSON (") for line in (10, 11, 12))
     assert errors[13] == "sample: 2147483648; a whole number in 0..2147483647 fits"
+    assert errors[14] == "tools: 5; a list of JSON objects fits"
+    assert [record["id"] for record in out if record["line"] in (5, 8, 10)] == [None, "a", None]
     answers = {record["id"]: record for record in out if "error" not in record}
     assert answers["c"]["answer"] == answers["c"]["content"] == "8"
     counts = json.loads(summary)
-    assert (counts["prompts"], counts["done"], counts["errors"]) == (3, 3, 10)
+    assert (counts["prompts"], counts["done"], counts["errors"]) == (3, 3, 11)
     assert counts["thinking_ends"] == {"budget": 1, "off": 1, "natural": 1}
     assert counts["tokens"] == sum(len(record["token_ids"]) for record in answers.values())
     for record in good:

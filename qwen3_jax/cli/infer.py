@@ -111,11 +111,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prompt(engine: Engine, args: argparse.Namespace, defaults: dict[str, object]) -> None:
     job = engine.job({"prompt": args.prompt}, defaults)
-    console = Console(highlight=False, soft_wrap=True)
+    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
 
     def emit(text: str, in_thought: bool) -> None:
         if args.stream:
-            console.print(text, style="dim" if in_thought else "", end="", markup=False)
+            print(f"{dim}{text}{plain}" if in_thought else text, end="", flush=True)
 
     result = engine.stream(job, emit)
     if args.json:

@@ -106,7 +106,7 @@ def decode_file(
     """Answers every line of `source` in `target`, each as it is done, long prompts first.
 
     Answers that `target` holds already are kept and not decoded again. A line that cannot be answered becomes
-    `{"id", "line", "error"}`, and the others go on.
+    `{"id", "line", "error"}`, with id null where none could be read, and the others go on.
 
     Args:
       settings: what the answers depend on besides the input file, see `Output`.
@@ -128,7 +128,7 @@ def decode_file(
     tally = Tally(prompts=len(lines), samples=len(lines) * samples, errors=len(errors))
     with Output(target, {**settings, "samples": samples, "input_sha256": digest}) as output:
         for error in errors:
-            if (json.dumps(error["id"]), None) not in output.done:
+            if error["line"] not in output.refused:
                 output.write(error)
         waiting = [
             (line, sample) for line in lines for sample in range(samples) if (line.key, sample) not in output.done
@@ -206,7 +206,7 @@ def _index(
             if not line.strip():
                 continue
             ours, count = count % part[1] == part[0], count + 1
-            record_id: Any = number
+            record_id: Any = None
             try:
                 record = _parse(line)
                 record_id = record.get("id", number)

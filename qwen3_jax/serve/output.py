@@ -18,7 +18,8 @@ class Output:
     the file is opened again. Two processes cannot have it open at once.
 
     settings: what the answers depend on; kept in `<path>.run.json`, so that a file is not continued under others.
-    done: `(id, sample)` of the answers that are there, ids as JSON text; `(id, None)` for a line that was refused.
+    done: `(id, sample)` of the answers that are there, ids as JSON text. refused: the numbers of the input's lines that
+      have an error there.
 
     Raises:
       ValueError: a file in use by another process, with lines that are not ours, or begun under other settings.
@@ -38,8 +39,10 @@ class Output:
         except OSError:
             self._file.close()
             raise ValueError(f"output: {str(path)!r} is being written by another process; another file fits") from None
+        self.done: set[tuple[str, int]] = set()
+        self.refused: set[int] = set()
         try:
-            self.done = self._read()
+            self._read()
             self._check(settings)
         except ValueError:
             self._file.close()
@@ -60,8 +63,7 @@ class Output:
         os.fsync(self._file.fileno())
         self._file.close()
 
-    def _read(self) -> set[tuple[str, int | None]]:
-        done: set[tuple[str, int | None]] = set()
+    def _read(self) -> None:
         if self._file.seek(0, os.SEEK_END) and not self._settings_path.is_file():
             raise ValueError(
                 f"output: {str(self.path)!r} exists, without the {self._settings_path.name!r} of a run; another fits"
@@ -75,17 +77,19 @@ class Output:
                 whole += len(line)
                 try:
                     record = json.loads(line)
-                    done.add((json.dumps(record["id"]), record["sample"] if "error" not in record else None))
+                    if "error" in record:
+                        self.refused.add(record["line"])
+                    else:
+                        self.done.add((json.dumps(record["id"]), record["sample"]))
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(
                         f"output: {str(self.path)!r} exists, and line {number} is not an answer; another file fits"
                     ) from None
         self._file.truncate(whole)
-        return done
 
     def _check(self, settings: Mapping[str, Any]) -> None:
         path = self._settings_path
-        if not self.done:
+        if not self.done and not self.refused:
             partial = path.with_name(path.name + ".partial")
             partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             os.replace(partial, path)
