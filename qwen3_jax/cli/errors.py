@@ -12,13 +12,14 @@ T = TypeVar("T")
 
 
 def exits_cleanly(main: Callable[P, T]) -> Callable[P, T]:
-    """Wraps a command's main: a ValueError or FloatingPointError is printed, not traced; Ctrl-C is quiet."""
+    """Wraps a command's main: a ValueError, FloatingPointError or OSError is printed, not traced; Ctrl-C is
+    quiet."""
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return main(*args, **kwargs)
-        except (ValueError, FloatingPointError) as error:
+        except (ValueError, FloatingPointError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:

@@ -94,7 +94,10 @@ class Output:
             partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             os.replace(partial, path)
             return
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            begun = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise ValueError(f"output: {str(path)!r} is not the record of a run; another output fits") from None
         now = json.loads(json.dumps(settings))
         for name in {**begun, **now}:
             if begun.get(name) != now.get(name):
