@@ -47,9 +47,9 @@ class _Opening(NamedTuple):
     in_tool: bool = False
 
 
-def round_up(n: int) -> int:
-    """The least multiple of BUCKET that holds `n`."""
-    return -(-n // BUCKET) * BUCKET
+def round_up(n: int, multiple: int = BUCKET) -> int:
+    """The least multiple that holds `n`."""
+    return -(-n // multiple) * multiple
 
 
 def check_request(request: Request, config: ModelConfig, tokens: ThinkingTokens) -> int:
@@ -210,22 +210,22 @@ def pack_markers(tokens: ThinkingTokens, vocab_size: int) -> Markers:
     def scalar(value: int | None) -> Any:
         return np.int32(-1 if value is None else value)
 
-    def table(values: Iterable[int], dtype: Any) -> Any:
-        made: Any = np.zeros(vocab_size, dtype)
-        made[[token for token in values if token < vocab_size]] = 1
+    def table(values: Iterable[int]) -> Any:
+        made: Any = np.zeros(vocab_size, np.bool_)
+        made[[token for token in values if token < vocab_size]] = True
         return made
 
     unfinished: Any = np.zeros(vocab_size, np.int8)
     for token, count in tokens.unfinished.items():
-        unfinished[token] = max(count, -bud.MAX_WAIT)
+        unfinished[token] = max(count, -3)  # no character lacks more bytes
     return Markers(
         think=scalar(tokens.think),
         end_think=scalar(tokens.end_think),
-        eos_V=table(tokens.eos, np.bool_),
+        eos_V=table(tokens.eos),
         tool_call=scalar(tokens.tool_call),
         end_tool_call=scalar(tokens.end_tool_call),
         num_tokens=scalar(vocab_size if tokens.num_tokens is None else tokens.num_tokens),
-        newlines_V=table(tokens.newlines, np.bool_),
+        newlines_V=table(tokens.newlines),
         unfinished_V=unfinished,
     )
 

@@ -31,7 +31,7 @@ from qwen3_jax.decode import budget as bud
 from qwen3_jax.decode.batch import prefill_rows, resume
 from qwen3_jax.decode.budget import ThinkingTokens
 from qwen3_jax.decode.loop import DecodeState, Rows
-from qwen3_jax.decode.pack import BUCKET, Written, check_request, pack, pack_markers
+from qwen3_jax.decode.pack import BUCKET, Written, check_request, pack, pack_markers, round_up
 from qwen3_jax.decode.request import Request, Result
 from qwen3_jax.model import Qwen3, unstack_layers
 from qwen3_jax.ops import cpu
@@ -174,7 +174,7 @@ class Pool:
 
     def _prefill_size(self, waiting: int, slots: int) -> int:
         """Rows of one prefill: one of two sizes for each prompt length, so that programs are few."""
-        few = min(_round_up(_FEW, self._parts), len(self._places))
+        few = min(round_up(_FEW, self._parts), len(self._places))
         most = max(_PREFILL_TOKENS // slots // self._parts * self._parts, self._parts)
         return min(few if waiting <= few else len(self._places), most)
 
@@ -227,7 +227,6 @@ class Pool:
         return packed.rows, packed.budget
 
     def _launch(self) -> None:
-        self._fit_cache()
         with self._compiling("decoding", self._shape):
             steps = np.int32(self._steps)
             self._state = resume(self._params, self._state, self._rows, self._markers, steps, model=self._model)
@@ -275,10 +274,6 @@ class Pool:
 def _bucket(n: int) -> int:
     """The least power of two that holds `n`, at least BUCKET."""
     return max(BUCKET, 1 << (n - 1).bit_length())
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def _sharded(tree: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_jax.data.arithmetic import Problem
+from qwen3_jax.evaluate.plot import png
 from qwen3_jax.serve import Engine
 
 
@@ -65,55 +66,42 @@ def budget_curve(
 
 def plot_budget_curve(points: Sequence[Point], path: Path, title: str) -> None:
     """Accuracy over budget, and the thinking tokens it took, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     budgets = [point.settings["thinking_budget"] for point in points]
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    axes.plot(budgets, [point.accuracy for point in points], "o-", color="tab:blue", label="accuracy")
-    for budget, point in zip(budgets, points, strict=True):
-        offset: Any = (0, -15)
-        axes.annotate(
-            f"{point.accuracy:.2f}", (budget, point.accuracy), offset, textcoords="offset points", ha="center"
+    with png(path) as axes:
+        axes.plot(budgets, [point.accuracy for point in points], "o-", color="tab:blue", label="accuracy")
+        for budget, point in zip(budgets, points, strict=True):
+            offset: Any = (0, -15)
+            axes.annotate(
+                f"{point.accuracy:.2f}", (budget, point.accuracy), offset, textcoords="offset points", ha="center"
+            )
+        axes.set(xlabel="thinking budget B (tokens)", ylabel="accuracy", title=title, ylim=(0, 1.08), xticks=budgets)
+        tokens = axes.twinx()
+        tokens.plot(
+            budgets, [point.thinking_tokens for point in points], "s--", color="tab:gray", label="thinking tokens"
         )
-    axes.set(xlabel="thinking budget B (tokens)", ylabel="accuracy", title=title, ylim=(0, 1.08), xticks=budgets)
-    axes.grid(alpha=0.3)
-    tokens = axes.twinx()
-    tokens.plot(budgets, [point.thinking_tokens for point in points], "s--", color="tab:gray", label="thinking tokens")
-    tokens.set(ylabel="mean thinking tokens", ylim=(0, None))
-    lines = [*axes.get_lines(), *tokens.get_lines()]
-    axes.legend(lines, [str(line.get_label()) for line in lines], loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        tokens.set(ylabel="mean thinking tokens", ylim=(0, None))
+        lines = [*axes.get_lines(), *tokens.get_lines()]
+        axes.legend(lines, [str(line.get_label()) for line in lines], loc="lower right")
 
 
 def plot_cost(fixed: Sequence[Point], automatic: Sequence[Point], path: Path, title: str) -> None:
     """Accuracy over what it cost in thinking tokens, for fixed and for automatic budgets, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    kinds = ((fixed, "o-", "fixed budget B", (0, 8), "right"), (automatic, "s--", "auto, threshold", (6, -12), "left"))
-    for points, style, label, offset, side in kinds:
-        costs = [point.thinking_tokens for point in points]
-        (line,) = axes.plot(costs, [point.accuracy for point in points], style, label=label)
-        for point in points:
-            axes.annotate(
-                point.label,
-                (point.thinking_tokens, point.accuracy),
-                offset,
-                textcoords="offset points",
-                ha=side,
-                color=line.get_color(),
-            )
-    axes.set(xlabel="mean thinking tokens", ylabel="accuracy", title=title, ylim=(0, 1.08))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with png(path) as axes:
+        kinds = (
+            (fixed, "o-", "fixed budget B", (0, 8), "right"),
+            (automatic, "s--", "auto, threshold", (6, -12), "left"),
+        )
+        for points, style, label, offset, side in kinds:
+            costs = [point.thinking_tokens for point in points]
+            (line,) = axes.plot(costs, [point.accuracy for point in points], style, label=label)
+            for point in points:
+                axes.annotate(
+                    point.label,
+                    (point.thinking_tokens, point.accuracy),
+                    offset,
+                    textcoords="offset points",
+                    ha=side,
+                    color=line.get_color(),
+                )
+        axes.set(xlabel="mean thinking tokens", ylabel="accuracy", title=title, ylim=(0, 1.08))
+        axes.legend(loc="lower right")

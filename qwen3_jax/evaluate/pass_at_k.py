@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from qwen3_jax.evaluate.plot import png
+from qwen3_jax.serve.records import parse_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,32 +89,18 @@ def score_file(path: Path) -> Score:
 
 def plot_pass_at_k(score: Score, path: Path, title: str) -> None:
     """pass@k over k, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    axes.plot(list(score.pass_at), list(score.pass_at.values()), "o-", color="tab:blue")
-    for k, value in score.pass_at.items():
-        axes.annotate(f"{value:.2f}", (k, value), (0, -15), textcoords="offset points", ha="center")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(score.pass_at), [str(k) for k in score.pass_at])
-    axes.set(xlabel="k (samples)", ylabel="pass@k", title=title, ylim=(0, 1.08))
-    axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with png(path) as axes:
+        axes.plot(list(score.pass_at), list(score.pass_at.values()), "o-", color="tab:blue")
+        for k, value in score.pass_at.items():
+            axes.annotate(f"{value:.2f}", (k, value), (0, -15), textcoords="offset points", ha="center")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(score.pass_at), [str(k) for k in score.pass_at])
+        axes.set(xlabel="k (samples)", ylabel="pass@k", title=title, ylim=(0, 1.08))
 
 
 def _parse(line: bytes) -> dict[str, Any]:
     """The object on a line, with the fields that scoring reads checked."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"not valid JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{line.decode(errors='replace').strip()[:40]!r}: not a JSON object")
+    record = parse_record(line)
     if "error" in record:
         return record
     fields = {

@@ -45,12 +45,14 @@ def shipped_model() -> Path:
 class Job:
     """What one record asks for.
 
+    limit: most tokens that the request may write, see `check_request`.
     stop: texts that end the answer, and are not part of it; they are looked for in the answer alone, never in a
       thought or in forced text.
     rule: of `query_mode`, that chose the mode; None where it was not asked.
     """
 
     request: Request
+    limit: int
     stop: tuple[str, ...] = ()
     rule: str | None = None
 
@@ -124,8 +126,8 @@ class Engine:
             chosen = {name: chosen[name] for name in chosen if not name.startswith("auto_") or name in record}
         sampling = THINKING_SAMPLING if on else NON_THINKING_SAMPLING
         request = Request(rendered.ids, thinking=thinking, **{**sampling, **chosen})
-        check_request(request, self.config, self.tokens)
-        return Job(request, _stop_texts(fields.get("stop", ())), rule)
+        limit = check_request(request, self.config, self.tokens)
+        return Job(request, limit, _stop_texts(fields.get("stop", ())), rule)
 
     def request(self, record: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Request:
         """The request alone of `job`."""
@@ -152,7 +154,7 @@ class Engine:
 
         def stopped(key: Hashable, so_far: Callable[[], Result]) -> bool:
             stop = running[key].stop
-            return bool(stop) and self._stop_end(so_far(), stop) is not None
+            return bool(stop) and self._find_stop(so_far(), stop) is not None
 
         for finished in pool.run(requests(), stopped):
             yield [(key, running[key], self._trim(result, running.pop(key).stop)) for key, result in finished]
@@ -162,8 +164,7 @@ class Engine:
 
         All the texts together are `text` of the result. What might begin a stop text is held back.
         """
-        limit = check_request(job.request, self.config, self.tokens)
-        pool = self.pool(num_parts("batch"), limit, steps=_STREAM_STEPS)
+        pool = self.pool(num_parts("batch"), job.limit, steps=_STREAM_STEPS)
         stream = TextStream(self.tokenizer, skip_special=True)
         texts = {True: "", False: ""}  # of the thought and of the answer
         shown = {True: 0, False: 0}
@@ -177,7 +178,7 @@ class Engine:
         def on_leave(_: Hashable, so_far: Callable[[], Result]) -> bool:
             nonlocal seen
             written = so_far()
-            if self._stop_end(written, job.stop) is not None:
+            if self._find_stop(written, job.stop) is not None:
                 return True
             answer_at = max(self._answer_at(written), seen)
             texts[True] += stream.push(written.token_ids[seen:answer_at])
@@ -235,22 +236,15 @@ class Engine:
             self.tokenizer.decode(ids, skip_special=True)
             for ids in (result.token_ids[:answer_at], result.token_ids[answer_at:])
         )
-        if self._stop_end(result, stop) is not None:
-            sampled = self.tokenizer.decode(result.token_ids[self._sampled_at(result) :], skip_special=True)
-            begins = len(answer) - len(sampled.lstrip("\n"))
-            answer = answer[: min(at for at in (answer.find(text, begins) for text in stop) if at >= 0)]
-        return thought, answer
-
-    def _sampled_at(self, result: Result) -> int:
-        """Place of the answer's first token that was not forced."""
-        forced = [i + 1 for i, was_forced in enumerate(result.forced) if was_forced]
-        return max([self._answer_at(result), *forced[-1:]])
+        found = self._find_stop(result, stop)
+        return thought, answer if found is None else found[1]
 
     def _trim(self, result: Result, stop: Sequence[str]) -> Result:
         """The result up to the token that completes its first stop text; all of it where there is none."""
-        end = self._stop_end(result, stop)
-        if end is None:
+        found = self._find_stop(result, stop)
+        if found is None:
             return result
+        end, _ = found
         return dataclasses.replace(
             result,
             token_ids=result.token_ids[:end],
@@ -260,20 +254,26 @@ class Engine:
             finish_reason="stop",
         )
 
-    def _stop_end(self, result: Result, stop: Sequence[str]) -> int | None:
-        """Place after the token that completes the first stop text. Neither forced tokens nor the newlines before an
-        answer are looked at."""
+    def _find_stop(self, result: Result, stop: Sequence[str]) -> tuple[int, str] | None:
+        """Where the answer's first stop text is: the place after the token that completes it, and the answer before it.
+
+        Neither forced tokens nor the newlines before an answer are looked at.
+        """
         if not stop:
             return None
-        begins = self._sampled_at(result)
-        pieces = [self._pieces[token] for token in result.token_ids[begins:]]
+        answer_at = self._answer_at(result)
+        pieces = [self._pieces[token] for token in result.token_ids[answer_at:]]
+        lengths = [0, *itertools.accumulate(map(len, pieces))]
         written = b"".join(pieces)
-        lead = len(written) - len(written.lstrip(b"\n"))
-        ends = [at + len(text) for text in map(str.encode, stop) if (at := written.find(text, lead)) >= 0]
-        if not ends:
+        forced = [i for i, was_forced in enumerate(result.forced[answer_at:], 1) if was_forced]
+        sampled = written[lengths[max(forced, default=0)] :]
+        begins = len(written) - len(sampled.lstrip(b"\n"))
+        spans = [(at + len(text), at) for text in map(str.encode, stop) if (at := written.find(text, begins)) >= 0]
+        if not spans:
             return None
-        lengths = itertools.accumulate(map(len, pieces))
-        return begins + 1 + next(i for i, length in enumerate(lengths) if length >= min(ends))
+        kept = next(i for i, length in enumerate(lengths) if length >= min(spans)[0])
+        start = min(at for end, at in spans if end <= lengths[kept])
+        return answer_at + kept, written[:start].decode(errors="replace")
 
     @functools.cached_property
     def _pieces(self) -> list[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import time
 from collections import Counter
@@ -11,9 +12,10 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3_jax.decode import Pool, Result, check_request
+from qwen3_jax.decode import Pool, Result
 from qwen3_jax.serve.engine import Engine, Job
 from qwen3_jax.serve.output import Output
+from qwen3_jax.serve.records import parse_record
 from sharding import num_parts
 
 
@@ -183,13 +185,20 @@ def _decode(
 def _jobs(
     engine: Engine, file: Any, waiting: list[tuple[_Line, int]], defaults: Mapping[str, Any]
 ) -> Iterator[tuple[Hashable, Job]]:
-    """Reads each line again when its turn comes: the file's requests need not fit into memory."""
-    for line, sample in waiting:
+    """Reads each line again when its turn comes, once for all its samples: the file's requests need not fit into
+    memory."""
+    for line, places in itertools.groupby(waiting, key=lambda item: item[0]):
         file.seek(line.offset)
         record = _parse(file.readline())
         job = engine.job(record, defaults)
-        request = dataclasses.replace(job.request, sample=job.request.sample + sample)
-        yield _Place(line, sample, record.get("answer")), dataclasses.replace(job, request=request)
+        for _, sample in places:
+            yield _Place(line, sample, record.get("answer")), _sample(job, sample)
+
+
+def _sample(job: Job, number: int) -> Job:
+    """The job's sample `number` after the one that it asks for."""
+    request = dataclasses.replace(job.request, sample=job.request.sample + number)
+    return dataclasses.replace(job, request=request)
 
 
 def _index(
@@ -216,10 +225,9 @@ def _index(
                 ids[key] = number
                 if not ours:
                     continue
-                request = engine.job(record, defaults).request
-                dataclasses.replace(request, sample=request.sample + samples - 1)  # refuses a number that is too large
-                limit = check_request(request, engine.config, engine.tokens)
-                lines.append(_Line(number, start, key, len(request.prompt_ids), limit))
+                job = engine.job(record, defaults)
+                _sample(job, samples - 1)  # refuses a number that is too large
+                lines.append(_Line(number, start, key, len(job.request.prompt_ids), job.limit))
             except ValueError as error:
                 if strict:
                     raise ValueError(f"{source}:{number}: {error}") from None
@@ -229,16 +237,7 @@ def _index(
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    def refuse(name: str) -> Any:
-        raise ValueError(f"{name} is no JSON number")
-
-    try:
-        record = json.loads(line.decode("utf-8-sig"), parse_constant=refuse)
-        json.dumps(record, ensure_ascii=False).encode()  # fails for half a surrogate pair, which no text has
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{line.decode(errors='replace').strip()[:40]!r}: not a JSON object")
+    record = parse_record(line)
     if isinstance(record.get("id"), bool) or not isinstance(record.get("id", 0), str | int):
         raise ValueError(f"id: {record['id']!r:.40}; a string or a whole number fits")
     return record

@@ -10,9 +10,9 @@ from typing import Any
 import chex
 import decode_reference as ref
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from decode_judge import chooser, outcome, reference_row
 from decode_model import (
     BREAK,
     CONFIG,
@@ -36,7 +36,6 @@ from flax import linen as nn
 from qwen3_jax.decode import Request, Result, check_request, generate
 from qwen3_jax.decode import batch as decode_batch
 from qwen3_jax.decode.pack import pack, pack_markers
-from qwen3_jax.decode.sampling import Sampling, choose
 from qwen3_jax.model import Qwen3
 
 
@@ -56,37 +55,12 @@ def full_logits(tokens: Sequence[int]) -> np.ndarray:
     return np.asarray(_full_logits(stacked_params(), padded))[: len(tokens)]
 
 
-@jax.jit
-def _choose_one(masked_V: jax.Array, sampling: Sampling, position: jax.Array) -> jax.Array:
-    return choose(masked_V[None], jnp.isfinite(masked_V)[None], jnp.zeros((1, V)), sampling, position[None])[0]
-
-
 def naive(request: Request) -> ref.Outcome:
     """The whole sequence through the network at each step, and the plain-Python rules."""
-    sampling = Sampling(
-        temperature_B=np.float32([request.temperature]),
-        top_p_B=np.float32([request.top_p]),
-        top_k_B=np.int32([request.top_k]),
-        min_p_B=np.float32([request.min_p]),
-        presence_B=np.float32([0]),
-        frequency_B=np.float32([0]),
-        seed_B=np.uint32([request.seed]),
-        sample_B=np.int32([request.sample]),
-    )
     ids = ref.Ids(THINK, END, TOKENS.eos, TOOL, END_TOOL, NUM_TOKENS, STOP, TOKENS.empty_block)
-    row = ref.Row(
-        prompt=tuple(request.prompt_ids),
-        budget=request.thinking_budget,
-        thinking=request.thinking,
-        max_new_tokens=request.max_new_tokens,
-        answer_reserve=request.answer_reserve,
-        eos_stops=request.eos_while_thinking == "stop",
+    return ref.decode_row(
+        lambda tokens: full_logits(tokens)[-1].tolist(), reference_row(request), ids, chooser(request)
     )
-
-    def draw(masked: list[float], position: int) -> int:
-        return int(_choose_one(np.float32(masked), sampling, np.int32(position)))
-
-    return ref.decode_row(lambda tokens: full_logits(tokens)[-1].tolist(), row, ids, draw)
 
 
 def some_requests() -> list[Request]:
@@ -127,15 +101,7 @@ def results() -> list[Result]:
 def test_equals_the_naive_loop(results: list[Result]) -> None:
     """Cache, padding, batch and state machine together against none of them, token for token."""
     for request, result in zip(some_requests(), results, strict=True):
-        assert naive(request) == ref.Outcome(
-            result.token_ids,
-            result.forced,
-            result.thinking_tokens,
-            result.injected_tokens,
-            result.answer_tokens,
-            result.thinking_end,
-            result.finish_reason,
-        )
+        assert naive(request) == outcome(result)
     assert {result.thinking_end for result in results} >= {"budget", "off", "natural", "length"}
     assert len({tuple(result.token_ids) for result in results}) == len(results)
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decode_judge import chooser, outcome, reference_row
 from hypothesis import Phase, given, settings
 
 from qwen3_jax.config import ModelConfig
@@ -27,7 +28,6 @@ from qwen3_jax.decode import budget as bud
 from qwen3_jax.decode.loop import DecodeState, Rows, decode, last_place, prefill
 from qwen3_jax.decode.pack import Packed, pack_markers, results, round_up
 from qwen3_jax.decode.pack import pack as pack_requests
-from qwen3_jax.decode.sampling import Sampling, choose
 from qwen3_jax.tokenizer import unfinished_bytes
 
 V, NUM_TOKENS = 24, 22  # ids 22 and 23 decode to nothing
@@ -172,68 +172,18 @@ def run_one(*args: Any, **fields: Any) -> Result:
     return run([case(*args, **fields)])[0]
 
 
-def outcome(result: Result) -> ref.Outcome:
-    return ref.Outcome(
-        result.token_ids,
-        result.forced,
-        result.thinking_tokens,
-        result.injected_tokens,
-        result.answer_tokens,
-        result.thinking_end,
-        result.finish_reason,
-    )
-
-
-@jax.jit
-def _choose_one(masked_V: jax.Array, sampling: Sampling, position: jax.Array) -> jax.Array:
-    return choose(masked_V[None], jnp.isfinite(masked_V)[None], jnp.zeros((1, V)), sampling, position[None])[0]
-
-
-def reference_row(request: Request) -> ref.Row:
-    return ref.Row(
-        prompt=tuple(request.prompt_ids),
-        budget=request.auto_cap if request.thinking_budget == "auto" else request.thinking_budget,
-        ready=(0.25 if request.auto_threshold is None else request.auto_threshold)
-        if request.thinking_budget == "auto"
-        else None,
-        grace=request.grace,
-        count_think_marker=request.count_think_marker,
-        thinking=request.thinking,
-        max_new_tokens=request.max_new_tokens,
-        answer_reserve=request.answer_reserve,
-        eos_stops=request.eos_while_thinking == "stop",
-        allow_empty_answer=request.allow_empty_answer,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-    )
-
-
 def reference_ids(each: Case) -> ref.Ids:
     return ref.Ids(THINK, END, (EOS, EOS_2), TOOL, END_TOOL, NUM_TOKENS, each.stop, BLOCK, tuple(TEXT))
 
 
 def reference(each: Case) -> ref.Outcome:
     """What the plain-Python rules make of the same row."""
-    request = each.request
-    sampling = Sampling(
-        temperature_B=np.float32([request.temperature]),
-        top_p_B=np.float32([request.top_p]),
-        top_k_B=np.int32([request.top_k]),
-        min_p_B=np.float32([request.min_p]),
-        presence_B=np.float32([0]),  # the reference subtracts penalties itself
-        frequency_B=np.float32([0]),
-        seed_B=np.uint32([request.seed]),
-        sample_B=np.int32([request.sample]),
-    )
-
-    def draw(masked: list[float], position: int) -> int:
-        return int(_choose_one(np.float32(masked), sampling, np.int32(position)))
 
     def next_logits(tokens: list[int]) -> list[float]:
         return each.table[(len(tokens) - 1) % PERIOD, tokens[-1]].tolist()
 
-    chooser = draw if request.temperature > 0 else ref.greedy
-    return ref.decode_row(next_logits, reference_row(request), reference_ids(each), chooser)
+    request = each.request
+    return ref.decode_row(next_logits, reference_row(request), reference_ids(each), chooser(request))
 
 
 def assert_as_reference(cases: Sequence[Case], results: Sequence[Result]) -> None:
