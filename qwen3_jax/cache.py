@@ -55,9 +55,9 @@ class KVCache:
             return tuple(constrain(jnp.zeros(shape, dtype), *names) for _ in range(config.num_hidden_layers))
 
         return cls(
-            keys=zeros((head_dim, "head_dim"), (slots, "length")),
-            values=zeros((slots, "length"), (head_dim, "head_dim")),
-            positions_BS=constrain(jnp.full((batch, slots), EMPTY, jnp.int32), "batch", "length"),
+            keys=zeros((head_dim, "head_dim"), (slots, "slots")),
+            values=zeros((slots, "slots"), (head_dim, "head_dim")),
+            positions_BS=constrain(jnp.full((batch, slots), EMPTY, jnp.int32), "batch", "slots"),
             next_slot=jnp.asarray(prompt_slots if ring_slots else 0, jnp.int32),
             prompt_slots=prompt_slots,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,31 +11,51 @@ import jax
 from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-# Logical axis -> mesh axes it is split over. One table serves every mesh: an axis of size 1 splits nothing.
-AXIS_RULES: dict[str, tuple[str, ...]] = {
+Axes = tuple[str, ...]
+_BATCH: Axes = ("data", "fsdp", "expert")
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRules:
+    """The mesh axes that each logical axis is split over. One table serves every mesh: an axis of size 1 splits
+    nothing."""
+
     # weights
-    "layers": (),
-    "vocab": ("tensor",),
-    "embed": ("fsdp",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "head_dim": (),
-    "mlp": ("tensor",),
-    "expert": ("expert",),
-    "router": (),
-    "norm": (),
+    layers: Axes = ()
+    vocab: Axes = ("tensor",)
+    embed: Axes = ("fsdp",)
+    heads: Axes = ("tensor",)
+    kv_heads: Axes = ("tensor",)
+    head_dim: Axes = ()
+    mlp: Axes = ("tensor",)
+    expert: Axes = ("expert",)
+    router: Axes = ()
+    norm: Axes = ()
     # activations
-    "batch": ("data", "fsdp", "expert"),
-    "length": (),
-    "group": ("data", "fsdp", "expert"),
-    "routed_group": ("data", "fsdp"),  # token groups once the experts hold the expert axis
-    "capacity": (),
-    "act_embed": (),
-    "act_heads": ("tensor",),
-    "act_kv_heads": ("tensor",),
-    "act_mlp": ("tensor",),
-    "act_vocab": ("tensor",),
-}
+    batch: Axes = _BATCH
+    length: Axes = ("context",)
+    group: Axes = _BATCH
+    routed_group: Axes = ("data", "fsdp")  # token groups once the experts hold the expert axis
+    capacity: Axes = ()
+    slots: Axes = ()  # of a cache
+    act_embed: Axes = ()
+    act_heads: Axes = ("tensor",)
+    act_kv_heads: Axes = ("tensor",)
+    act_mlp: Axes = ("tensor",)
+    act_vocab: Axes = ("tensor",)
+
+    def __getitem__(self, name: str) -> Axes:
+        """The mesh axes of one logical axis; ValueError for an unknown one."""
+        axes = getattr(self, name, None)
+        if not isinstance(axes, tuple):
+            known = ", ".join(field.name for field in dataclasses.fields(self))
+            raise ValueError(f"logical axis: {name!r} is unknown; one of {known} fits")
+        return axes
+
+
+AXIS_RULES = AxisRules()
+# Fewer than the devices of a tensor axis in the larger models, and small: what does not divide is replicated.
+_REPLICATED_WHERE_INDIVISIBLE = ("kv_heads", "act_kv_heads")
 
 
 def partition_spec(
@@ -42,25 +63,35 @@ def partition_spec(
 ) -> PartitionSpec:
     """The PartitionSpec of an array whose axes have these logical names (None: not split).
 
+    Key-value heads that their mesh axes do not divide are replicated, where `shape` is given.
+
     Raises:
       ValueError: an unknown name, two axes that want the same mesh axis, or (where `shape` is given) an axis whose
         size its mesh axes do not divide.
     """
     owner: dict[str, str] = {}
-    spec: list[tuple[str, ...] | None] = []
+    spec: list[Axes | None] = []
     for i, name in enumerate(names):
-        if name is not None and name not in AXIS_RULES:
-            raise ValueError(f"logical axis: {name!r} is unknown; one of {', '.join(AXIS_RULES)} fits")
-        axes = tuple(axis for axis in AXIS_RULES.get(name or "", ()) if mesh.shape.get(axis, 1) > 1)
+        axes = () if name is None else tuple(axis for axis in AXIS_RULES[name] if mesh.shape.get(axis, 1) > 1)
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if shape is not None and shape[i] % parts:
+            if name not in _REPLICATED_WHERE_INDIVISIBLE:
+                raise ValueError(
+                    f"mesh: {' x '.join(axes)} = {parts} does not divide axis {name!r} of size {shape[i]}; "
+                    f"{_divisors(shape[i])} fits"
+                )
+            axes = ()
         for axis in axes:
             if axis in owner:
                 raise ValueError(f"mesh axis {axis!r} is wanted by both {owner[axis]!r} and {name!r} of {tuple(names)}")
             owner[axis] = name or ""
-        parts = math.prod(mesh.shape[axis] for axis in axes)
-        if shape is not None and shape[i] % parts:
-            raise ValueError(f"mesh: {'x'.join(axes)} = {parts} does not divide axis {name!r} of size {shape[i]}")
         spec.append(axes or None)
     return PartitionSpec(*spec)
+
+
+def _divisors(size: int) -> str:
+    fitting = [str(n) for n in range(1, min(size, 1024) + 1) if size % n == 0]
+    return " or ".join(filter(None, [", ".join(fitting[:-1]), fitting[-1]])) if fitting else "1"
 
 
 def num_parts(name: str) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 
@@ -13,15 +15,17 @@ from jax.sharding import AxisType, Mesh
 class MeshConfig:
     """Devices along each mesh axis; one axis may be -1: all devices that the others leave.
 
-    data: replicas of the weights, each with its share of the batch (for slices joined by DCN).
+    data: replicas of the weights, each with its share of the batch; the axis that spans slices.
     fsdp: splits the batch and, along their embedding axis, the weights (ZeRO-3).
     expert: splits the batch and the experts; tokens travel by all-to-all.
+    context: splits the sequence; queries stay, keys and values are gathered.
     tensor: splits heads, MLP columns and vocabulary (Megatron).
     """
 
     data: int = 1
     fsdp: int = -1
     expert: int = 1
+    context: int = 1
     tensor: int = 1
 
     def __post_init__(self) -> None:
@@ -34,9 +38,7 @@ class MeshConfig:
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Axis sizes on `num_devices` devices, -1 resolved; ValueError where they do not multiply to that number."""
         sizes = dataclasses.asdict(self)
-        fixed = 1
-        for size in sizes.values():
-            fixed *= size if size != -1 else 1
+        fixed = math.prod(size for size in sizes.values() if size != -1)
         for name, size in sizes.items():
             if size == -1:
                 if num_devices % fixed:
@@ -51,8 +53,22 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all) with axes data, fsdp, expert, tensor, laid out for the hardware."""
+    """A mesh over `devices` (default: all) with the axes of `MeshConfig`, laid out for the hardware.
+
+    Of several slices `data` spans the slow network between them, and every other axis stays within a slice.
+
+    Raises:
+      ValueError: sizes that do not multiply to the devices, or a `data` axis that the slices do not divide.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
     auto = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
+    if sizes["data"] % slices:
+        raise ValueError(f"mesh.data: {sizes['data']} on {slices} slices; a multiple of {slices} fits")
+    within = {**sizes, "data": sizes["data"] // slices}
+    between = {**dict.fromkeys(sizes, 1), "data": slices}
+    grid = mesh_utils.create_hybrid_device_mesh(tuple(within.values()), tuple(between.values()), devices)
+    return Mesh(grid, tuple(sizes), axis_types=auto)

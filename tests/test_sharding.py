@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 
 from qwen3_jax.config import ModelConfig
@@ -47,16 +48,22 @@ def test_mesh_must_fit_the_devices(sizes: dict[str, int], message: str) -> None:
 
 
 def test_mesh_sizes() -> None:
-    assert MeshConfig().sizes(8) == {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}
-    assert MeshConfig(data=2, expert=-1, fsdp=1).sizes(8) == {"data": 2, "fsdp": 1, "expert": 4, "tensor": 1}
+    assert MeshConfig().sizes(8) == {"data": 1, "fsdp": 8, "expert": 1, "context": 1, "tensor": 1}
+    assert MeshConfig(data=2, expert=-1, fsdp=1).sizes(8) == {
+        "data": 2,
+        "fsdp": 1,
+        "expert": 4,
+        "context": 1,
+        "tensor": 1,
+    }
     mesh = make_mesh(MeshConfig(expert=2, tensor=2))
-    assert mesh.shape == {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}
+    assert mesh.shape == {"data": 1, "fsdp": 2, "expert": 2, "context": 1, "tensor": 2}
     assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
 
 
 def test_rules_name_mesh_axes_only() -> None:
     axes = {field.name for field in dataclasses.fields(MeshConfig)}
-    assert {axis for rule in AXIS_RULES.values() for axis in rule} == axes
+    assert {axis for rule in dataclasses.asdict(AXIS_RULES).values() for axis in rule} == axes
 
 
 def test_partition_spec() -> None:
@@ -77,8 +84,34 @@ def test_partition_spec_refuses_by_name() -> None:
         partition_spec(("heads", "mlp"), mesh)
     with pytest.raises(ValueError, match="mesh axis 'fsdp' is wanted by both 'batch' and 'embed'"):
         partition_spec(("batch", "embed"), mesh)
-    with pytest.raises(ValueError, match="mesh: fsdpxexpert = 4 does not divide axis 'batch' of size 6"):
+    with pytest.raises(
+        ValueError, match="mesh: fsdp x expert = 4 does not divide axis 'batch' of size 6; 1, 2, 3 or 6 fits"
+    ):
         partition_spec(("batch", None), mesh, (6, 8))
+
+
+def test_key_value_heads_are_replicated_where_they_do_not_divide() -> None:
+    """The routed models have 4: under `tensor` 8 each device holds all of them, and its own eighth of the queries."""
+    mesh = make_mesh(MeshConfig(fsdp=1, tensor=8))
+    assert partition_spec(("kv_heads", "head_dim", "embed"), mesh, (4, 16, 32)) == P(None, None, None)
+    assert partition_spec(("heads", "head_dim", "embed"), mesh, (32, 16, 32)) == P(("tensor",), None, None)
+    with pytest.raises(
+        ValueError, match="tensor = 8 does not divide axis 'heads' of size 12; 1, 2, 3, 4, 6 or 12 fits"
+    ):
+        partition_spec(("heads",), mesh, (12,))
+
+
+def test_a_mesh_of_several_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`data` spans the slices and nothing else does, on the topology of two v5e slices."""
+    pytest.importorskip("libtpu", reason="describes TPU topologies: pip install libtpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), devices)
+    assert mesh.shape == {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
+    assert [{device.slice_index for device in replica.flat} for replica in mesh.devices] == [{0}, {1}]
+    with pytest.raises(ValueError, match=r"mesh\.data: 1 on 2 slices; a multiple of 2 fits"):
+        make_mesh(MeshConfig(), devices)
 
 
 def test_constrain() -> None:
