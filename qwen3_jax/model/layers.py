@@ -20,7 +20,7 @@ from flax import struct
 from qwen3_jax.cache import KEY_SLOTS, VALUE_SLOTS
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.ops.arrays import linear
-from qwen3_jax.ops.attention import attention
+from qwen3_jax.ops.attention import attention, causal_attention
 from qwen3_jax.ops.moe import RouterStats, expert_capacity, moe_capacity, moe_exact, moe_few, route
 from qwen3_jax.ops.norm import rms_norm
 from qwen3_jax.ops.rope import apply_rope
@@ -31,15 +31,16 @@ from sharding import constrain, num_parts
 class Context:
     """What all layers of one forward pass share.
 
-    cos_BTR, sin_BTR: rotary tables. mask_BTS: where each query may look. valid_BT: false at padding.
-    slot: first cache slot to write, None without a cache.
+    cos_BTR, sin_BTR: rotary tables. segment_ids_BT: 0 at padding.
+    slot: first cache slot to write, None without a cache. mask_BTS: where in the cache each query may look; None where
+      the tokens are whole sequences.
     """
 
     cos_BTR: jax.Array
     sin_BTR: jax.Array
-    mask_BTS: jax.Array
-    valid_BT: jax.Array
-    slot: jax.Array | None
+    segment_ids_BT: jax.Array
+    slot: jax.Array | None = None
+    mask_BTS: jax.Array | None = None
 
 
 def declare(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Any) -> jax.Array:
@@ -71,14 +72,18 @@ class Attention(nn.Module):
         q_BTNH = apply_rope(rms_norm(q_BTNH, q_norm_H, cfg.rms_norm_eps), context.cos_BTR, context.sin_BTR)
         k_BTKH = apply_rope(rms_norm(k_BTKH, k_norm_H, cfg.rms_norm_eps), context.cos_BTR, context.sin_BTR)
         q_BTNH = constrain(q_BTNH, "batch", "length", "act_heads", "head_dim")
-        k_BKHS = constrain(k_BTKH, "batch", "length", "act_kv_heads", "head_dim").transpose(0, 2, 3, 1)
-        v_BKSH = constrain(v_BTKH, "batch", "length", "act_kv_heads", "head_dim").transpose(0, 2, 1, 3)
+        k_BTKH = constrain(k_BTKH, "batch", "length", "act_kv_heads", "head_dim")
+        v_BTKH = constrain(v_BTKH, "batch", "length", "act_kv_heads", "head_dim")
         if cached is not None and context.slot is not None:
-            k_BKHS, v_BKSH = k_BKHS.astype(cached[0].dtype), v_BKSH.astype(cached[1].dtype)
-            k_BKHS = jax.lax.dynamic_update_slice_in_dim(cached[0], k_BKHS, context.slot, KEY_SLOTS)
-            v_BKSH = jax.lax.dynamic_update_slice_in_dim(cached[1], v_BKSH, context.slot, VALUE_SLOTS)
+            k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)
+            k_BKHT, v_BKTH = k_BKHT.astype(cached[0].dtype), v_BKTH.astype(cached[1].dtype)
+            k_BKHS = jax.lax.dynamic_update_slice_in_dim(cached[0], k_BKHT, context.slot, KEY_SLOTS)
+            v_BKSH = jax.lax.dynamic_update_slice_in_dim(cached[1], v_BKTH, context.slot, VALUE_SLOTS)
             cached = (k_BKHS, v_BKSH)
-        out_BTNH = attention(q_BTNH, k_BKHS, v_BKSH, context.mask_BTS)
+        if cached is not None and context.mask_BTS is not None:
+            out_BTNH = attention(q_BTNH, *cached, context.mask_BTS)
+        else:
+            out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, context.segment_ids_BT)
         out_BTD = linear(out_BTNH, wo_DNH, inputs=2)
         return constrain(out_BTD, "batch", "length", "act_embed"), cached
 
@@ -162,7 +167,7 @@ class Layer(nn.Module):
         stats = None
         if self.moe:
             moe = MoeMlp(cfg, self.capacity_factor, self.group_size, name="mlp")
-            out_BTD, stats = moe(normed_BTD, context.valid_BT)
+            out_BTD, stats = moe(normed_BTD, context.segment_ids_BT > 0)
         else:
             out_BTD = Mlp(cfg, name="mlp")(normed_BTD)
         return constrain(x_BTD + out_BTD, "batch", "length", "act_embed"), (stats, cached)

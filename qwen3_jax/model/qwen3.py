@@ -18,11 +18,11 @@ from qwen3_jax.config import ModelConfig
 from qwen3_jax.model.layers import Context, Layer, declare
 from qwen3_jax.model.layout import is_stacked, layer_name, run_name
 from qwen3_jax.ops.arrays import linear, lookup
-from qwen3_jax.ops.attention import causal_mask
 from qwen3_jax.ops.moe import RouterStats
 from qwen3_jax.ops.norm import rms_norm
 from qwen3_jax.ops.rope import rope_tables
-from sharding import constrain
+from qwen3_jax.ops.zigzag import from_zigzag, to_zigzag
+from sharding import constrain, num_parts
 
 
 @struct.dataclass
@@ -79,25 +79,30 @@ class Qwen3(nn.Module):
         cfg = self.config
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens_BT)
-        valid_BT = segment_ids > 0
         if positions is None:
             if cache is not None:
                 raise ValueError("positions: None; with a cache, the position of each token fits")
             positions = segment_positions(segment_ids)
+        if cache is None:
+            tokens_BT, positions, segment_ids = (to_zigzag(x) for x in (tokens_BT, positions, segment_ids))
+        elif num_parts("length") > 1:
+            raise ValueError(f"mesh.context: {num_parts('length')}; with a cache, 1 fits")
 
         embed_VD = declare(self, "embed_tokens", (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), self._normal())
         x_BTD = lookup(embed_VD, tokens_BT).astype(self.dtype or embed_VD.dtype)
         x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
         cos_BTR, sin_BTR = rope_tables(cfg, positions)
         if cache is None:
-            mask_BTS = causal_mask(positions, positions, segment_ids, segment_ids)
-            context = Context(cos_BTR, sin_BTR, mask_BTS, valid_BT, slot=None)
-            x_BTD, router = self._layers(x_BTD, context)
+            x_BTD, router = self._layers(x_BTD, Context(cos_BTR, sin_BTR, segment_ids))
+            x_BTD = from_zigzag(x_BTD)
         else:
-            stored_BT = jnp.where(valid_BT, positions, EMPTY)
+            stored_BT = jnp.where(segment_ids > 0, positions, EMPTY)
             positions_BS = jax.lax.dynamic_update_slice(cache.positions_BS, stored_BT, (0, cache.next_slot))
-            mask_BTS = positions_BS[:, None, :] <= positions[:, :, None]
-            context = Context(cos_BTR, sin_BTR, mask_BTS, valid_BT, slot=cache.next_slot)
+            context = Context(cos_BTR, sin_BTR, segment_ids, cache.next_slot)
+            # As many tokens as slots are all there is: whole sequences.
+            if tokens_BT.shape[1] < positions_BS.shape[1]:
+                mask_BTS = positions_BS[:, None, :] <= positions[:, :, None]
+                context = dataclasses.replace(context, mask_BTS=mask_BTS)
             x_BTD, router, keys, values = self._cached_layers(x_BTD, context, cache)
             cache = dataclasses.replace(
                 cache,

@@ -1,34 +1,136 @@
-"""Grouped-query attention (Ainslie et al. 2023) and its masks.
+"""Grouped-query attention (Ainslie et al. 2023): of whole sequences, and of new tokens over a cache.
+
+Whole sequences, in training and in prefill, take the splash kernel on a TPU, cuDNN's on a GPU, and blocks of plain XLA
+on a CPU; on a mesh each device attends for its rows, its heads and its part of the sequences.
 
 Shapes: B batch, T queries, S keys, N query heads, K key-value heads, G = N / K queries per key-value head, H head_dim.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import NamedSharding, PartitionSpec
 
-from qwen3_jax.ops import cpu
+from qwen3_jax.ops import cpu, zigzag
+from sharding import num_parts, partition_spec
 
-_LEAST_BLOCK, _MOST_BLOCKS = 128, 8  # of queries, where attention is causal
+_LEAST_BLOCK, _MOST_BLOCKS = 128, 8  # of queries, on a CPU
+_LANES, _SPLASH_BLOCK = 128, 1024  # what a TPU's tiles hold; queries and keys of one step of the kernel
 
 
-def causal_mask(
-    query_positions_BT: jax.Array,
-    key_positions_BS: jax.Array,
-    query_segments_BT: jax.Array,
-    key_segments_BS: jax.Array,
+def causal_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """Attention of each token to those of its own segment up to itself; [B, T, N, H] in q's dtype.
+
+    Where the mesh splits sequences (`context`), all four arrays are in zig-zag order, see `ops.zigzag`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts, head_parts, kv_heads = num_parts("length"), num_parts("act_heads"), k_BTKH.shape[2]
+    if kv_heads % head_parts:  # each device gets those of its own queries
+        copies = head_parts // math.gcd(kv_heads, head_parts)
+        k_BTKH, v_BTKH = (jnp.repeat(x, copies, axis=2) for x in (k_BTKH, v_BTKH))
+    kernel = _splash_kernel(q_BTNH.shape[2] // head_parts, q_BTNH.shape[1], parts)
+    local = functools.partial(_local_attention, parts=parts)
+    if mesh.empty:
+        return local(kernel, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    q_spec = partition_spec(("batch", "length", "act_heads", None), mesh, q_BTNH.shape)
+    kv_spec = partition_spec(("batch", "length", "act_kv_heads", None), mesh, k_BTKH.shape)
+    ids_spec = partition_spec(("batch", "length"), mesh, segment_ids_BT.shape)
+    queries = PartitionSpec(None, zigzag.AXIS if parts > 1 else None)
+    kernel_spec = None if kernel is None else kernel.manual_sharding_spec(NamedSharding(mesh, queries))
+    specs = (kernel_spec, q_spec, kv_spec, kv_spec, ids_spec)
+    split = jax.shard_map(local, in_specs=specs, out_specs=q_spec, check_vma=False)
+    return split(kernel, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def _local_attention(
+    kernel: splash.SplashAttentionKernel | None,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array,
+    parts: int,
 ) -> jax.Array:
-    """[B, T, S], true where a query may look: the same segment, a position not after its own."""
-    same = query_segments_BT[:, :, None] == key_segments_BS[:, None, :]
-    return same & (key_positions_BS[:, None, :] <= query_positions_BT[:, :, None])
+    """That of one device: its queries over the keys of all `parts` of the sequences."""
+    k_BSKH, v_BSKH, keys_BS = (zigzag.gather_sequence(x, parts) for x in (k_BTKH, v_BTKH, segment_ids_BT))
+    inputs = q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, keys_BS
+    platforms: dict[str, Any] = {}
+    if kernel is not None:
+        platforms["tpu"] = functools.partial(splash_attention, kernel)
+    # Named on a GPU alone: elsewhere jax.nn refuses even to trace it.
+    if jax.default_backend() == "gpu" and parts == 1 and q_BTNH.dtype == jnp.bfloat16:
+        platforms["cuda"] = _cudnn_attention
+    return jax.lax.platform_dependent(*inputs, **platforms, default=functools.partial(plain_attention, parts=parts))
+
+
+def plain_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries_BT: jax.Array, keys_BS: jax.Array, *, parts: int
+) -> jax.Array:
+    """In XLA's own operations, scores and softmax in float32. `queries_BT`, `keys_BS`: segment ids."""
+    if parts > 1:
+        q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], k_BSKH.shape[2], -1, q_BTNH.shape[-1])
+        return zigzag.attend_pairs(q_BTKGH, k_BSKH, v_BSKH, queries_BT, keys_BS, parts).reshape(q_BTNH.shape)
+    length = q_BTNH.shape[1]
+    mask_BTS = (queries_BT[:, :, None] == keys_BS[:, None, :]) & jnp.tril(jnp.ones((length, length), bool))
+    block = max(_LEAST_BLOCK, -(-length // _MOST_BLOCKS))
+    k_BKHS, v_BKSH = k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3)
+    out = []
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        queries, keys = slice(start, stop), slice(stop)
+        out.append(attention(q_BTNH[:, queries], k_BKHS[..., keys], v_BKSH[:, :, keys], mask_BTS[:, queries, keys]))
+    return jnp.concatenate(out, axis=1)
+
+
+def _splash_kernel(heads: int, length: int, parts: int) -> splash.SplashAttentionKernel | None:
+    """The causal kernel for one device's heads and sequences of `length`; None where tiles do not fit it."""
+    block = math.gcd(length // parts, _SPLASH_BLOCK)
+    if block % _LANES:
+        return None
+    mask = splash_mask.CausalMask((length, length))
+    if parts > 1:
+        mask.q_sequence = np.asarray(zigzag.zigzag_order(length, parts), np.int32)
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        use_fused_bwd_kernel=True,
+    )
+    return splash.make_splash_mha(
+        splash_mask.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=parts
+    )
+
+
+def splash_attention(
+    kernel: splash.SplashAttentionKernel,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    queries_BT: jax.Array,
+    keys_BS: jax.Array,
+) -> jax.Array:
+    """By JAX's block-sparse flash kernel for TPUs."""
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BTNH * q_BTNH.shape[-1] ** -0.5, k_BSKH, v_BSKH))
+    return jax.vmap(kernel)(q, k, v, splash.SegmentIds(queries_BT, keys_BS)).transpose(0, 2, 1, 3)
+
+
+def _cudnn_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries_BT: jax.Array, keys_BS: jax.Array
+) -> jax.Array:
+    mask_B1TS = (queries_BT[:, :, None] == keys_BS[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_B1TS, is_causal=True, implementation="cudnn")
 
 
 def attention(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Softmax attention, scores and softmax in float32; [B, T, N, H] in q's dtype.
-
-    As many keys as queries are the same tokens: no query then looks at a key after its own, whatever the mask says.
-    """
+    """Attention of each query to the keys its mask shows; [B, T, N, H] in q's dtype. Scores and softmax in float32."""
     batch, length, _, head_dim = q_BTNH.shape
     q_BKGTH = q_BTNH.reshape(batch, length, k_BKHS.shape[1], -1, head_dim).transpose(0, 2, 3, 1, 4)
 
@@ -36,14 +138,8 @@ def attention(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS:
         attend = cpu.attend_one if length == 1 else _attend
         return attend(q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32), mask).astype(q.dtype)
 
-    block, out = length, []
-    if length == k_BKHS.shape[-1]:
-        block = max(_LEAST_BLOCK, -(-length // _MOST_BLOCKS))
-    for start in range(0, length, block):
-        queries, keys = slice(start, start + block), slice(start + block if block < length else None)
-        inputs = q_BKGTH[:, :, :, queries], k_BKHS[..., keys], v_BKSH[:, :, keys], mask_BTS[:, queries, keys]
-        out.append(jax.lax.platform_dependent(*inputs, cpu=on_cpu, default=_attend))
-    return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+    out = jax.lax.platform_dependent(q_BKGTH, k_BKHS, v_BKSH, mask_BTS, cpu=on_cpu, default=_attend)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 
 
 def _attend(q_BKGTH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEm
 
 from qwen3_jax.config import ModelConfig, RopeScaling
 from qwen3_jax.model.layers import Attention, Context, Mlp, MoeMlp
-from qwen3_jax.ops.attention import attention, causal_mask
+from qwen3_jax.ops.attention import attention, causal_attention
 from qwen3_jax.ops.norm import rms_norm
 from qwen3_jax.ops.rope import apply_rope, rope_tables
 
@@ -115,19 +115,18 @@ def test_attention(heads: int, kv_heads: int, length: int, check_error: Any) -> 
     """Against `scaled_dot_product_attention`, all queries together and the last alone, as decoding has it; the same
     for the wrong grouping (heads interleaved) must fail."""
     q, k, v = (normal(2, length, n, 16, seed=i) for i, n in enumerate((heads, kv_heads, kv_heads)))
-    positions, segments = jnp.broadcast_to(jnp.arange(length), (2, length)), jnp.ones((2, length), jnp.int32)
-    mask = causal_mask(positions, positions, segments, segments)
+    segments = jnp.ones((2, length), jnp.int32)
     expected = torch.nn.functional.scaled_dot_product_attention(
         *(torch.tensor(x).transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True
     ).transpose(1, 2)
     k_BKHS, v_BKSH = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
     name = f"op: attention, {heads}/{kv_heads} heads, {length} tokens"
-    check_error(name, relative_error(attention(q, k_BKHS, v_BKSH, mask), expected), TOLERANCE)
-    last = attention(q[:, -1:], k_BKHS, v_BKSH, mask[:, -1:])
+    check_error(name, relative_error(causal_attention(q, k, v, segments), expected), TOLERANCE)
+    last = attention(q[:, -1:], k_BKHS, v_BKSH, jnp.ones((2, 1, length), bool))
     check_error(f"{name}, the last alone", relative_error(last, expected[:, -1:]), TOLERANCE)
     if 1 < kv_heads < heads:
         order = np.arange(heads).reshape(-1, kv_heads).T.ravel()
-        assert relative_error(attention(q[:, :, order], k_BKHS, v_BKSH, mask), expected) > TOLERANCE
+        assert relative_error(causal_attention(q[:, :, order], k, v, segments), expected) > TOLERANCE
 
 
 def test_attention_module(check_error: Any) -> None:
@@ -138,8 +137,7 @@ def test_attention_module(check_error: Any) -> None:
     hidden = torch.full((9, 9), -1e30).triu(1)[None, None]
     expected, _ = layer.self_attn(torch.tensor(x_BTD), position_embeddings=tables, attention_mask=hidden)
     segments = jnp.ones((2, 9), jnp.int32)
-    mask = causal_mask(jnp.asarray(positions), jnp.asarray(positions), segments, segments)
-    context = Context(*rope_tables(DENSE, jnp.asarray(positions)), mask, segments > 0, slot=None)
+    context = Context(*rope_tables(DENSE, jnp.asarray(positions)), segments)
     module = jax.jit(lambda weights: Attention(DENSE).apply({"params": weights}, x_BTD, context, None)[0])
     error = relative_error(module(params["self_attn"]), expected.detach())
     check_error("op: attention module", error, TOLERANCE)
