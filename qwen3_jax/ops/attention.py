@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import NamedSharding, PartitionSpec
@@ -96,7 +95,7 @@ def _splash_kernel(heads: int, length: int, parts: int) -> splash.SplashAttentio
         return None
     mask = splash_mask.CausalMask((length, length))
     if parts > 1:
-        mask.q_sequence = np.asarray(zigzag.zigzag_order(length, parts), np.int32)
+        mask.q_sequence = zigzag.zigzag_order(length, parts)
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sharding import num_parts, partition_spec
 
@@ -72,10 +73,10 @@ def _send_from_zigzag(x: jax.Array, parts: int) -> jax.Array:
     return jnp.concatenate(received, axis=1)
 
 
-def zigzag_order(length: int, parts: int) -> jax.Array:
-    """[T] the place in the sequence of each token in zig-zag order."""
-    chunks = jnp.arange(length).reshape(2 * parts, -1)
-    return jnp.concatenate([chunks[jnp.array([i, 2 * parts - 1 - i])].ravel() for i in range(parts)])
+def zigzag_order(length: int, parts: int) -> np.ndarray:
+    """[T] int32, the place in the sequence of each token in zig-zag order."""
+    chunks = np.arange(length, dtype=np.int32).reshape(2 * parts, -1)
+    return np.concatenate([chunks[[i, 2 * parts - 1 - i]].ravel() for i in range(parts)])
 
 
 def gather_sequence(x_BT: jax.Array, parts: int) -> jax.Array:
