@@ -5,7 +5,7 @@ says over which mesh axes each meaning is split. Meshes have `AxisType.Auto` axe
 shardings and inserts the collectives.
 """
 
-from sharding.axes import AXIS_RULES, constrain, named_shardings, num_parts, partition_spec
+from sharding.axes import AXIS_RULES, constrain, named_shardings, num_parts, partition_spec, split_axes
 from sharding.mesh import MeshConfig, make_mesh
 from sharding.processes import start_processes
 
@@ -17,5 +17,6 @@ __all__ = [
     "named_shardings",
     "num_parts",
     "partition_spec",
+    "split_axes",
     "start_processes",
 ]

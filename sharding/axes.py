@@ -94,10 +94,16 @@ def _divisors(size: int) -> str:
     return " or ".join(filter(None, [", ".join(fitting[:-1]), fitting[-1]])) if fitting else "1"
 
 
-def num_parts(name: str) -> int:
-    """Into how many parts the mesh in context (`jax.set_mesh`) splits a logical axis; 1 without a mesh."""
+def split_axes(name: str) -> Axes:
+    """The axes over which the mesh in context (`jax.set_mesh`) splits a logical axis; none without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape.get(axis, 1) for axis in AXIS_RULES[name])
+    return tuple(axis for axis in AXIS_RULES[name] if mesh.shape.get(axis, 1) > 1)
+
+
+def num_parts(name: str) -> int:
+    """Into how many parts the mesh in context splits a logical axis; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in split_axes(name))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -9,7 +9,7 @@ E experts, S cache slots.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -21,7 +21,18 @@ from qwen3_jax.cache import KEY_SLOTS, VALUE_SLOTS
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.ops.arrays import linear
 from qwen3_jax.ops.attention import attention, causal_attention
-from qwen3_jax.ops.moe import RouterStats, expert_capacity, moe_capacity, moe_exact, moe_few, route
+from qwen3_jax.ops.moe import (
+    EXPERT_AXES,
+    ROUTER_AXES,
+    RouterStats,
+    expert_capacity,
+    moe_capacity,
+    moe_exact,
+    moe_few,
+    moe_layer,
+    route,
+    router_logits,
+)
 from qwen3_jax.ops.norm import rms_norm
 from qwen3_jax.ops.rope import apply_rope
 from sharding import constrain, num_parts
@@ -117,31 +128,35 @@ class MoeMlp(nn.Module):
         cfg, dtype = self.config, x_BTD.dtype
         d, f, e = cfg.hidden_size, cfg.moe_intermediate_size, cfg.num_experts
         init = nn.initializers.normal(cfg.initializer_range)
-        router_ED = declare(self, "router", (e, d), ("router", "embed"), init)
-        gate_EFD = declare(self, "gate_proj", (e, f, d), ("expert", "mlp", "embed"), init)
-        up_EFD = declare(self, "up_proj", (e, f, d), ("expert", "mlp", "embed"), init)
-        down_EDF = declare(self, "down_proj", (e, d, f), ("expert", "embed", "mlp"), init)
+        router_ED = declare(self, "router", (e, d), ROUTER_AXES, init)
+        gate_EFD = declare(self, "gate_proj", (e, f, d), EXPERT_AXES[0], init)
+        up_EFD = declare(self, "up_proj", (e, f, d), EXPERT_AXES[1], init)
+        down_EDF = declare(self, "down_proj", (e, d, f), EXPERT_AXES[2], init)
         experts = (gate_EFD.astype(dtype), up_EFD.astype(dtype), down_EDF.astype(dtype))
 
-        # HIGHEST: a TPU would otherwise multiply float32 in one bfloat16 pass, and near ties would route differently.
-        logits_BTE = jnp.einsum(
-            "BTD,ED->BTE",
-            x_BTD.astype(jnp.float32),
-            router_ED.astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        gates_BTE, chosen_BTE, stats = route(logits_BTE, cfg.num_experts_per_tok, cfg.norm_topk_prob, valid_BT)
         batch, length, _ = x_BTD.shape
         if self.capacity_factor is None:
+            logits_BTE = router_logits(x_BTD, router_ED)
+            gates_BTE, _, stats = route(logits_BTE, cfg.num_experts_per_tok, cfg.norm_topk_prob, valid_BT)
             choices = batch * length // num_parts("routed_group") * cfg.num_experts_per_tok
             few = choices <= e and num_parts("embed") == 1
             return (moe_few if few else moe_exact)(x_BTD, gates_BTE, experts), stats
-        group_size = min(self.group_size, length)
-        if length % group_size:
-            raise ValueError(f"group_size: {group_size} does not divide the sequence length {length}; a divisor fits")
+        group_size, parts = min(self.group_size, length), num_parts("length")
+        if length % (group_size * parts):
+            raise ValueError(
+                f"group_size: {group_size} does not divide the sequence length {length}"
+                f"{f' in {parts} parts' if parts > 1 else ''}; a divisor fits"
+            )
         capacity = expert_capacity(group_size, e, cfg.num_experts_per_tok, self.capacity_factor)
-        out_BTD, dropped = moe_capacity(x_BTD, gates_BTE, chosen_BTE, experts, capacity=capacity, group_size=group_size)
-        return out_BTD, dataclasses.replace(stats, dropped=dropped)
+        return moe_layer(
+            x_BTD,
+            valid_BT,
+            router_ED,
+            experts,
+            top_k=cfg.num_experts_per_tok,
+            norm_topk_prob=cfg.norm_topk_prob,
+            dispatch=functools.partial(moe_capacity, capacity=capacity, group_size=group_size),
+        )
 
 
 class Layer(nn.Module):

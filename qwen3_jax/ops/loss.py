@@ -1,4 +1,4 @@
-"""Losses, in float32. Shapes: B batch, T tokens, V vocabulary, L layers, E experts."""
+"""Losses, in float32. Shapes: B batch, T tokens, V vocabulary, E experts, X any axes (layers, rows)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - target
 
 
-def load_balance_loss(counts_LE: jax.Array, prob_sum_LE: jax.Array, tokens_L: jax.Array) -> jax.Array:
-    """E * sum_i f_i p_i, averaged over layers; 1 when balanced (Qiu et al. 2025, arXiv 2501.11873).
+def load_balance_loss(counts_XE: jax.Array, prob_sum_XE: jax.Array, tokens_X: jax.Array) -> jax.Array:
+    """E * sum_i f_i p_i, [X]; 1 when balanced, 0 without tokens (Qiu et al. 2025, arXiv 2501.11873).
 
-    f_i is the share of the choices that went to expert i (no gradient), p_i the mean softmax probability. Which batch
+    f_i is the share of the choices that went to expert i (no gradient), p_i the mean softmax probability. Which tokens
     the loss is balanced over is decided by the sums given: those of all devices and all micro-batches of a step make
-    it the global-batch loss. `counts_LE` may cover more tokens than `prob_sum_LE`, which must cover `tokens_L`.
+    it the global-batch loss. `counts_XE` may cover more tokens than `prob_sum_XE`, and so may `tokens_X`: it is then a
+    part of the loss of the tokens that `tokens_X` counts.
     """
-    counts_LE = jax.lax.stop_gradient(counts_LE)
-    fraction_LE = counts_LE / jnp.maximum(counts_LE.sum(axis=-1, keepdims=True), 1)
-    prob_LE = prob_sum_LE / jnp.maximum(tokens_L, 1)[:, None]
-    return (counts_LE.shape[-1] * (fraction_LE * prob_LE).sum(axis=-1)).mean()
+    counts_XE = jax.lax.stop_gradient(counts_XE)
+    fraction_XE = counts_XE / jnp.maximum(counts_XE.sum(axis=-1, keepdims=True), 1)
+    prob_XE = prob_sum_XE / jnp.maximum(tokens_X, 1)[..., None]
+    return counts_XE.shape[-1] * (fraction_XE * prob_XE).sum(axis=-1)

@@ -11,33 +11,50 @@ group, D hidden_size, F moe_intermediate_size.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from sharding import AXIS_RULES, constrain, partition_spec
+from sharding import AXIS_RULES, partition_spec, split_axes
+
+Dispatch = Callable[..., tuple[jax.Array, jax.Array]]
+Experts = tuple[jax.Array, jax.Array, jax.Array]  # gate_EFD, up_EFD, down_EDF
+ROUTER_AXES = ("router", "embed")
+EXPERT_AXES = (("expert", "mlp", "embed"), ("expert", "mlp", "embed"), ("expert", "embed", "mlp"))
 
 
 @struct.dataclass
 class RouterStats:
-    """What one router did with one batch, as sums, so that batches add up exactly. Padding is left out.
+    """What one router did with each row of a batch, as sums, so that rows and batches add up exactly. Padding is left
+    out.
 
-    counts_E: (token, choice) pairs sent to each expert, before any drop.
-    prob_sum_E: softmax probabilities summed over tokens; the balance loss has its gradient from here.
-    dropped: pairs that found no place.
-    entropy_sum: entropy of the softmax in nats, summed over tokens.
-    tokens: tokens routed.
+    counts_BE: (token, choice) pairs sent to each expert, before any drop.
+    prob_sum_BE: softmax probabilities summed over tokens; the balance loss has its gradient from here.
+    z_sum_B: squared logsumexp of the logits summed over tokens; the z-loss has its gradient from here.
+    entropy_sum_B: entropy of the softmax in nats, summed over tokens.
+    dropped_B: pairs that found no place.
+    tokens_B: tokens routed.
     """
 
-    counts_E: jax.Array
-    prob_sum_E: jax.Array
-    dropped: jax.Array
-    entropy_sum: jax.Array
-    tokens: jax.Array
+    counts_BE: jax.Array
+    prob_sum_BE: jax.Array
+    z_sum_B: jax.Array
+    entropy_sum_B: jax.Array
+    dropped_B: jax.Array
+    tokens_B: jax.Array
+
+
+def router_logits(x_BTD: jax.Array, router_ED: jax.Array) -> jax.Array:
+    """[B, T, E] float32."""
+    # HIGHEST: a TPU would otherwise multiply float32 in one bfloat16 pass, and near ties would route differently.
+    x_BTD, router_ED = x_BTD.astype(jnp.float32), router_ED.astype(jnp.float32)
+    return jnp.einsum("BTD,ED->BTE", x_BTD, router_ED, precision=jax.lax.Precision.HIGHEST)
 
 
 def route(
@@ -48,25 +65,89 @@ def route(
     Returns:
       gates_BTE: weight of each expert in float32, 0 where it was not chosen.
       chosen_BTE: bool, at most K true per token, none for padding (`valid_BT` false).
-      stats: with `dropped` 0.
+      stats: with `dropped_B` 0.
     """
-    probs_BTE = jax.nn.softmax(logits_BTE.astype(jnp.float32), axis=-1)
-    weights_BTK, experts_BTK = jax.lax.top_k(probs_BTE, top_k)
+    logits_BTE = logits_BTE.astype(jnp.float32)
+    valid_BT1 = valid_BT[..., None]
+    z_BT1 = jax.nn.logsumexp(logits_BTE, axis=-1, keepdims=True)
+    probs_BTE = jnp.exp(logits_BTE - z_BT1)
+    _, experts_BTK = jax.lax.top_k(jax.lax.stop_gradient(probs_BTE), top_k)
+    chosen_BTE = (experts_BTK[..., None] == jnp.arange(probs_BTE.shape[-1])).any(axis=-2) & valid_BT1
+    gates_BTE = jnp.where(chosen_BTE, probs_BTE, 0)
     if norm_topk_prob:
-        weights_BTK /= weights_BTK.sum(axis=-1, keepdims=True)
-    one_hot_BTKE = jax.nn.one_hot(experts_BTK, logits_BTE.shape[-1]) * valid_BT[..., None, None]
-    gates_BTE = jnp.einsum("BTK,BTKE->BTE", weights_BTK, one_hot_BTKE)
-    chosen_BTE = one_hot_BTKE.sum(axis=2) > 0
-    log_probs_BTE = jax.nn.log_softmax(logits_BTE.astype(jnp.float32), axis=-1)
-    entropy_BT = -(probs_BTE * log_probs_BTE).sum(axis=-1)
+        gates_BTE /= jnp.where(valid_BT1, gates_BTE.sum(axis=-1, keepdims=True), 1)
+    entropy_BT = z_BT1[..., 0] - (probs_BTE * logits_BTE).sum(axis=-1)
     stats = RouterStats(
-        counts_E=chosen_BTE.sum(axis=(0, 1), dtype=jnp.float32),
-        prob_sum_E=jnp.einsum("BTE,BT->E", probs_BTE, valid_BT.astype(jnp.float32)),
-        dropped=jnp.zeros((), jnp.float32),
-        entropy_sum=jax.lax.stop_gradient(jnp.where(valid_BT, entropy_BT, 0).sum()),
-        tokens=valid_BT.sum(dtype=jnp.float32),
+        counts_BE=chosen_BTE.sum(axis=1, dtype=jnp.float32),
+        prob_sum_BE=jnp.where(valid_BT1, probs_BTE, 0).sum(axis=1),
+        z_sum_B=jnp.where(valid_BT, jnp.square(z_BT1[..., 0]), 0).sum(axis=1),
+        entropy_sum_B=jax.lax.stop_gradient(jnp.where(valid_BT, entropy_BT, 0).sum(axis=1)),
+        dropped_B=jnp.zeros_like(z_BT1[:, 0, 0]),
+        tokens_B=valid_BT.sum(axis=1, dtype=jnp.float32),
     )
     return gates_BTE, chosen_BTE, stats
+
+
+def moe_layer(
+    x_BTD: jax.Array,
+    valid_BT: jax.Array,
+    router_ED: jax.Array,
+    experts: Experts,
+    *,
+    top_k: int,
+    norm_topk_prob: bool,
+    dispatch: Dispatch,
+) -> tuple[jax.Array, RouterStats]:
+    """Router and experts, `([B, T, D], stats)`; `dispatch` is `moe_capacity` or `moe_ragged` with its settings.
+
+    On a mesh all of it is one `shard_map`: a device routes its own tokens, so that nothing but the tokens sent to
+    experts and the weights ever moves. The tokens of a row that a device holds are whole groups.
+    """
+    local = functools.partial(_moe_local, top_k=top_k, norm_topk_prob=norm_topk_prob, dispatch=dispatch)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local(x_BTD, valid_BT, router_ED, experts)
+    names = (("batch", "length", None), ("batch", "length"), ROUTER_AXES, EXPERT_AXES)
+    args = (x_BTD, valid_BT, router_ED, experts)
+    specs = jax.tree.map(lambda x, n: partition_spec(n, mesh, x.shape), args, names)
+    rows = partition_spec(("batch",), mesh)
+    return jax.shard_map(local, in_specs=specs, out_specs=(specs[0], rows))(*args)
+
+
+def _moe_local(
+    x_BTD: jax.Array,
+    valid_BT: jax.Array,
+    router_ED: jax.Array,
+    experts: Experts,
+    *,
+    top_k: int,
+    norm_topk_prob: bool,
+    dispatch: Dispatch,
+) -> tuple[jax.Array, RouterStats]:
+    """`moe_layer` on one device: tokens of its own, its part of the weights."""
+    experts = jax.tree.map(_whole_embed, experts, EXPERT_AXES)
+    logits_BTE = router_logits(x_BTD, _whole_embed(router_ED, ROUTER_AXES))
+    gates_BTE, chosen_BTE, stats = route(logits_BTE, top_k, norm_topk_prob, valid_BT)
+    # Here and not where tokens meet weights: the gradient is then summed over the axis for D numbers a token, not K D.
+    x_BTD = _vary(x_BTD, split_axes("mlp"))
+    out_BTD, dropped_B = dispatch(x_BTD, gates_BTE, chosen_BTE, experts)
+    out_BTD = jax.lax.psum(out_BTD, split_axes("mlp"))
+    stats = dataclasses.replace(stats, dropped_B=dropped_B)
+    return out_BTD, jax.tree.map(lambda sum_B: jax.lax.psum(sum_B, split_axes("length")), stats)
+
+
+def _whole_embed(weight: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """A weight with these logical axes, "embed" gathered. Its gradient is then scattered over that axis, and only after
+    that summed over the others that the tokens are split over."""
+    split = [axis for name in names for axis in split_axes(name)]
+    weight = _vary(weight, tuple(axis for axis in split_axes("batch") + split_axes("length") if axis not in split))
+    axes = split_axes("embed")
+    return jax.lax.all_gather(weight, axes, axis=names.index("embed"), tiled=True) if axes else weight
+
+
+def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """`x`, from here on taken to differ along these mesh axes: its gradient is summed over them here."""
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
 def expert_capacity(group_size: int, num_experts: int, top_k: int, capacity_factor: float) -> int:
@@ -80,48 +161,56 @@ def dispatch_mask(chosen_GSE: jax.Array, capacity: int) -> jax.Array:
     return (place_GSE[..., None] == jnp.arange(capacity)) & chosen_GSE[..., None]
 
 
-def expert_swiglu(x_EGCD: jax.Array, gate_EFD: jax.Array, up_EFD: jax.Array, down_EDF: jax.Array) -> jax.Array:
+def expert_swiglu(x_EGCD: jax.Array, experts: Experts) -> jax.Array:
     """Each expert's SwiGLU on its own tokens; [E, G, C, D]."""
+    gate_EFD, up_EFD, down_EDF = experts
     gate = jnp.einsum("EGCD,EFD->EGCF", x_EGCD, gate_EFD)
     up = jnp.einsum("EGCD,EFD->EGCF", x_EGCD, up_EFD)
-    hidden = constrain(jax.nn.silu(gate) * up, "expert", "routed_group", "capacity", "act_mlp")
-    return jnp.einsum("EGCF,EDF->EGCD", hidden, down_EDF)
+    return jnp.einsum("EGCF,EDF->EGCD", jax.nn.silu(gate) * up, down_EDF)
 
 
 def moe_capacity(
     x_BTD: jax.Array,
     gates_BTE: jax.Array,
     chosen_BTE: jax.Array,
-    experts: tuple[jax.Array, jax.Array, jax.Array],
+    experts: Experts,
     *,
     capacity: int,
     group_size: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Dense einsum dispatch: `([B, T, D], number of dropped pairs)`. `group_size` must divide T."""
+    """Dense einsum dispatch: `([B, T, D], pairs dropped of each row)`. `group_size` must divide T.
+
+    Inside `moe_layer` on a mesh, `experts` are this device's and tokens travel to the others' by all-to-all.
+    """
     batch, length, width = x_BTD.shape
     num_experts = gates_BTE.shape[-1]
     groups = batch * (length // group_size)
-    x_GSD = constrain(x_BTD.reshape(groups, group_size, width), "group", None, "act_embed")
-    gates_GSE = gates_BTE.reshape(groups, group_size, num_experts)
+    x_GSD = x_BTD.reshape(groups, group_size, width)
+    gates_GSE = gates_BTE.reshape(groups, group_size, num_experts).astype(x_BTD.dtype)
     chosen_GSE = chosen_BTE.reshape(groups, group_size, num_experts)
-    dispatch_GSEC = dispatch_mask(chosen_GSE, capacity)
-    dropped = chosen_GSE.sum(dtype=jnp.float32) - dispatch_GSEC.sum(dtype=jnp.float32)
-    dispatch_GSEC = constrain(dispatch_GSEC.astype(x_BTD.dtype), "group", None, None, None)
-    combine_GSEC = gates_GSE.astype(x_BTD.dtype)[..., None] * dispatch_GSEC
-
-    # Two constraints each way, from the group layout to the expert layout and back: XLA then moves the tokens by
-    # all-to-all; with one of them only, it gathers.
+    over_GE = jnp.maximum(chosen_GSE.sum(axis=1, dtype=jnp.float32) - capacity, 0)
+    dispatch_GSEC = dispatch_mask(chosen_GSE, capacity).astype(x_BTD.dtype)
     x_EGCD = jnp.einsum("GSEC,GSD->EGCD", dispatch_GSEC, x_GSD)
-    x_EGCD = constrain(x_EGCD, None, "group", "capacity", "act_embed")
-    x_EGCD = constrain(x_EGCD, "expert", "routed_group", "capacity", "act_embed")
-    y_EGCD = expert_swiglu(x_EGCD, *experts)
-    y_EGCD = constrain(y_EGCD, "expert", "routed_group", "capacity", "act_embed")
-    y_EGCD = constrain(y_EGCD, None, "group", "capacity", "act_embed")
-    y_GSD = jnp.einsum("EGCD,GSEC->GSD", y_EGCD, combine_GSEC)
-    return y_GSD.reshape(x_BTD.shape), dropped
+    y_EGCD = _from_experts(expert_swiglu(_to_experts(x_EGCD), experts))
+    # Weighted at their places, not by a mask of weights: one product less in the backward pass.
+    gates_EGC = jnp.einsum("GSEC,GSE->EGC", dispatch_GSEC, gates_GSE)
+    y_GSD = jnp.einsum("GSEC,EGCD->GSD", dispatch_GSEC, y_EGCD * gates_EGC[..., None])
+    return y_GSD.reshape(x_BTD.shape), over_GE.reshape(batch, -1).sum(axis=1)
 
 
-def moe_exact(x_BTD: jax.Array, gates_BTE: jax.Array, experts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+def _to_experts(x_EGCD: jax.Array) -> jax.Array:
+    """From all experts' places for own groups to own experts' places for the groups of all devices that share them."""
+    axes = split_axes("expert")
+    return jax.lax.all_to_all(x_EGCD, axes, split_axis=0, concat_axis=1, tiled=True) if axes else x_EGCD
+
+
+def _from_experts(y_EGCD: jax.Array) -> jax.Array:
+    """The way back of `_to_experts`."""
+    axes = split_axes("expert")
+    return jax.lax.all_to_all(y_EGCD, axes, split_axis=1, concat_axis=0, tiled=True) if axes else y_EGCD
+
+
+def moe_exact(x_BTD: jax.Array, gates_BTE: jax.Array, experts: Experts) -> jax.Array:
     """Every expert on every token, weighted by its gate; [B, T, D]. Nothing is dropped."""
     gate_EFD, up_EFD, down_EDF = experts
     gate = jnp.einsum("BTD,EFD->BTEF", x_BTD, gate_EFD)
@@ -131,7 +220,7 @@ def moe_exact(x_BTD: jax.Array, gates_BTE: jax.Array, experts: tuple[jax.Array, 
 
 
 @jax.custom_jvp
-def moe_few(x_BTD: jax.Array, gates_BTE: jax.Array, experts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+def moe_few(x_BTD: jax.Array, gates_BTE: jax.Array, experts: Experts) -> jax.Array:
     """`moe_exact` for few tokens: each expert that one of them uses is read once, the others not at all.
 
     On a mesh every device goes through its own experts; the weights' "embed" axis must not be split. Derivatives are
@@ -157,7 +246,7 @@ def _moe_few_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return jax.jvp(moe_exact, primals, tangents)
 
 
-def _used_experts(x_BTD: jax.Array, gates_BTE: jax.Array, experts: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+def _used_experts(x_BTD: jax.Array, gates_BTE: jax.Array, experts: Experts) -> jax.Array:
     """[B, T, D] float32: a loop over the experts with a gate that is not 0."""
     used_E = (gates_BTE != 0).any(axis=(0, 1))
     order_E = jnp.argsort(~used_E)

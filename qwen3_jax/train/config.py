@@ -8,6 +8,7 @@ from typing import Literal
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.data import DataConfig
 from qwen3_jax.optim import OptimizerConfig, make_schedule
+from qwen3_jax.train.step import RouterConfig
 from sharding import MeshConfig
 
 
@@ -39,6 +40,7 @@ class TrainConfig:
     steps: int
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
     accumulation: int = 1
     seed: int = 0
     init_from: str | None = None

@@ -65,7 +65,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
             if (Path(config.data.tokenizer) / name).is_file():
                 shutil.copyfile(Path(config.data.tokenizer) / name, output / name)
         log = MetricsLog(output, start)
-        step_fn = jax.jit(make_train_step(model, optimizer, config.accumulation), donate_argnums=0)
+        step_fn = jax.jit(make_train_step(model, optimizer, config.accumulation, config.router), donate_argnums=0)
         tokens_per_step = config.data.batch_size * config.data.sequence_length
 
         def report(step: int, metrics: dict[str, jax.Array], since: float, progress: Progress, task: Any) -> float:
@@ -75,6 +75,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
             """
             values = {name: np.asarray(value, np.float64).tolist() for name, value in jax.device_get(metrics).items()}
             end = time.perf_counter()
+            values.pop("router/load", None)
             for name, value in values.items():
                 if not np.isfinite(value).all():
                     raise FloatingPointError(f"step {step}: {name} is {value}; the last checkpoint is before it")
