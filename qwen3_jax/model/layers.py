@@ -10,7 +10,7 @@ E experts, S cache slots.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +24,22 @@ from qwen3_jax.ops.attention import attention, causal_attention
 from qwen3_jax.ops.moe import (
     EXPERT_AXES,
     ROUTER_AXES,
+    Dispatch,
     RouterStats,
     expert_capacity,
     moe_capacity,
     moe_exact,
     moe_few,
     moe_layer,
+    moe_ragged,
     route,
     router_logits,
 )
 from qwen3_jax.ops.norm import rms_norm
 from qwen3_jax.ops.rope import apply_rope
 from sharding import constrain, num_parts
+
+ExpertDispatch = Literal["einsum", "ragged"]
 
 
 @struct.dataclass
@@ -117,11 +121,12 @@ class Mlp(nn.Module):
 
 
 class MoeMlp(nn.Module):
-    """Routed SwiGLU experts; `capacity_factor` None is the exact mode, in which nothing is dropped."""
+    """Routed SwiGLU experts, see `Qwen3` for the attributes."""
 
     config: ModelConfig
     capacity_factor: float | None
     group_size: int
+    expert_dispatch: ExpertDispatch = "einsum"
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
@@ -135,19 +140,23 @@ class MoeMlp(nn.Module):
         experts = (gate_EFD.astype(dtype), up_EFD.astype(dtype), down_EDF.astype(dtype))
 
         batch, length, _ = x_BTD.shape
-        if self.capacity_factor is None:
+        if self.expert_dispatch == "ragged":
+            dispatch: Dispatch = functools.partial(moe_ragged, top_k=cfg.num_experts_per_tok)
+        elif self.capacity_factor is not None:
+            group_size, parts = min(self.group_size, length), num_parts("length")
+            if length % (group_size * parts):
+                raise ValueError(
+                    f"group_size: {group_size} does not divide the sequence length {length}"
+                    f"{f' in {parts} parts' if parts > 1 else ''}; a divisor fits"
+                )
+            capacity = expert_capacity(group_size, e, cfg.num_experts_per_tok, self.capacity_factor)
+            dispatch = functools.partial(moe_capacity, capacity=capacity, group_size=group_size)
+        else:
             logits_BTE = router_logits(x_BTD, router_ED)
             gates_BTE, _, stats = route(logits_BTE, cfg.num_experts_per_tok, cfg.norm_topk_prob, valid_BT)
             choices = batch * length // num_parts("routed_group") * cfg.num_experts_per_tok
             few = choices <= e and num_parts("embed") == 1
             return (moe_few if few else moe_exact)(x_BTD, gates_BTE, experts), stats
-        group_size, parts = min(self.group_size, length), num_parts("length")
-        if length % (group_size * parts):
-            raise ValueError(
-                f"group_size: {group_size} does not divide the sequence length {length}"
-                f"{f' in {parts} parts' if parts > 1 else ''}; a divisor fits"
-            )
-        capacity = expert_capacity(group_size, e, cfg.num_experts_per_tok, self.capacity_factor)
         return moe_layer(
             x_BTD,
             valid_BT,
@@ -155,7 +164,7 @@ class MoeMlp(nn.Module):
             experts,
             top_k=cfg.num_experts_per_tok,
             norm_topk_prob=cfg.norm_topk_prob,
-            dispatch=functools.partial(moe_capacity, capacity=capacity, group_size=group_size),
+            dispatch=dispatch,
         )
 
 
@@ -166,6 +175,7 @@ class Layer(nn.Module):
     moe: bool
     capacity_factor: float | None
     group_size: int
+    expert_dispatch: ExpertDispatch
 
     @nn.compact
     def __call__(
@@ -181,7 +191,7 @@ class Layer(nn.Module):
         normed_BTD = rms_norm(x_BTD, scale_D, cfg.rms_norm_eps)
         stats = None
         if self.moe:
-            moe = MoeMlp(cfg, self.capacity_factor, self.group_size, name="mlp")
+            moe = MoeMlp(cfg, self.capacity_factor, self.group_size, self.expert_dispatch, name="mlp")
             out_BTD, stats = moe(normed_BTD, context.segment_ids_BT > 0)
         else:
             out_BTD = Mlp(cfg, name="mlp")(normed_BTD)

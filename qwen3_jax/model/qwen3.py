@@ -15,7 +15,7 @@ from flax import struct
 
 from qwen3_jax.cache import EMPTY, KVCache
 from qwen3_jax.config import ModelConfig
-from qwen3_jax.model.layers import Context, Layer, declare
+from qwen3_jax.model.layers import Context, ExpertDispatch, Layer, declare
 from qwen3_jax.model.layout import is_stacked, layer_name, run_name
 from qwen3_jax.ops.arrays import linear, lookup
 from qwen3_jax.ops.moe import RouterStats
@@ -48,6 +48,7 @@ class Qwen3(nn.Module):
     dtype: of activations and of weights where they are used; None takes the embedding table's.
     capacity_factor: places per expert as a multiple of the mean load, the rest is dropped; None drops nothing.
     group_size: tokens that share an expert's places; dispatch costs grow with it, drops shrink.
+    expert_dispatch: "einsum" as those two say; "ragged" drops nothing and needs neither, see `moe_ragged`.
     stacked: which layout `init` makes, see `layout`; `apply` takes either, but a cache needs per-layer weights.
     remat: recompute each layer in the backward pass instead of keeping its activations.
     """
@@ -56,6 +57,7 @@ class Qwen3(nn.Module):
     dtype: Any = None
     capacity_factor: float | None = None
     group_size: int = 256
+    expert_dispatch: ExpertDispatch = "einsum"
     stacked: bool = True
     remat: bool = False
 
@@ -124,7 +126,7 @@ class Qwen3(nn.Module):
 
     def _layer(self, module: Any, layer: int, name: str) -> Any:
         moe = self.config.is_moe_layer(layer)
-        return module(self.config, moe, self.capacity_factor, self.group_size, name=name)
+        return module(self.config, moe, self.capacity_factor, self.group_size, self.expert_dispatch, name=name)
 
     def _layers(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, RouterStats | None]:
         # prevent_cse is needed outside a scan only, and costs fusions inside one.

@@ -210,6 +210,47 @@ def _from_experts(y_EGCD: jax.Array) -> jax.Array:
     return jax.lax.all_to_all(y_EGCD, axes, split_axis=1, concat_axis=0, tiled=True) if axes else y_EGCD
 
 
+def moe_ragged(
+    x_BTD: jax.Array, gates_BTE: jax.Array, chosen_BTE: jax.Array, experts: Experts, *, top_k: int
+) -> tuple[jax.Array, jax.Array]:
+    """Dropless dispatch: pairs sorted by expert, one grouped product for each table; `([B, T, D], zeros [B])`.
+
+    Inside `moe_layer` on a mesh, the tokens of all devices that share the experts are gathered, each device works for
+    its own experts, and the sums are scattered back: D numbers a token and device each way, whatever K. The buffer has
+    room for the worst case, N = gathered tokens times min(K, own experts) rows. A CPU has no grouped product (XLA
+    multiplies every row with every expert there): `moe_exact` is the faster dropless form on one.
+    """
+    axes = split_axes("expert")
+    gate_EFD, up_EFD, down_EDF = experts
+    num_local, width = gate_EFD.shape[0], x_BTD.shape[-1]
+    x_ND = _gather_rows(x_BTD.reshape(-1, width), axes)
+    first = jax.lax.axis_index(axes) * num_local if axes else 0
+    gates_NE, chosen_NE = (
+        jax.lax.dynamic_slice_in_dim(_gather_rows(x.reshape(-1, x.shape[-1]), axes), first, num_local, axis=1)
+        for x in (gates_BTE, chosen_BTE)
+    )
+    num_tokens = x_ND.shape[0]
+    rows = num_tokens * min(top_k, num_local)
+    # Expert-major order is the order wanted: no sort.
+    pair_R = jnp.flatnonzero(chosen_NE.T, size=rows, fill_value=0)
+    used_R1 = (jnp.arange(rows) < chosen_NE.sum())[:, None]
+    token_R, expert_R = pair_R % num_tokens, pair_R // num_tokens
+    sizes_E = chosen_NE.sum(axis=0, dtype=jnp.int32)
+
+    x_RD = jnp.where(used_R1, x_ND[token_R], 0)
+    gate_RF, up_RF = (jax.lax.ragged_dot(x_RD, table.swapaxes(1, 2), sizes_E) for table in (gate_EFD, up_EFD))
+    y_RD = jax.lax.ragged_dot(jax.nn.silu(gate_RF) * up_RF, down_EDF.swapaxes(1, 2), sizes_E)
+    weight_R1 = gates_NE[token_R, expert_R].astype(x_BTD.dtype)[:, None]
+    # What a backend leaves in rows of no expert is undefined.
+    out_ND = jnp.zeros_like(x_ND).at[token_R].add(jnp.where(used_R1, y_RD * weight_R1, 0))
+    out_ND = jax.lax.psum_scatter(out_ND, axes, scatter_dimension=0, tiled=True) if axes else out_ND
+    return out_ND.reshape(x_BTD.shape), jnp.zeros_like(gates_BTE[:, 0, 0])
+
+
+def _gather_rows(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.all_gather(x, axes, axis=0, tiled=True) if axes else x
+
+
 def moe_exact(x_BTD: jax.Array, gates_BTE: jax.Array, experts: Experts) -> jax.Array:
     """Every expert on every token, weighted by its gate; [B, T, D]. Nothing is dropped."""
     gate_EFD, up_EFD, down_EDF = experts

@@ -19,6 +19,7 @@ class ComputeConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     capacity_factor: float | None = 1.25
     group_size: int = 256
+    expert_dispatch: Literal["einsum", "ragged"] = "einsum"
     remat: bool = True
 
 

@@ -46,6 +46,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
         dtype=jnp.dtype(config.compute.dtype),
         capacity_factor=config.compute.capacity_factor,
         group_size=config.compute.group_size,
+        expert_dispatch=config.compute.expert_dispatch,
         remat=config.compute.remat,
     )
     optimizer = make_optimizer(config.optimizer, config.steps)

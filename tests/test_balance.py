@@ -1,0 +1,273 @@
+"""What the routers are asked for in a training step: the four scopes of the balance loss, and the z-loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from jax.sharding import NamedSharding
+
+from qwen3_jax.config import ModelConfig
+from qwen3_jax.model import Qwen3
+from qwen3_jax.ops.moe import RouterStats
+from qwen3_jax.train.heatmap import heat_map, write_heat_map
+from qwen3_jax.train.step import RouterConfig, TrainState, make_train_step
+from sharding import MeshConfig, make_mesh, named_shardings, partition_spec
+
+CONFIG = ModelConfig(
+    vocab_size=64,
+    hidden_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    intermediate_size=16,
+    max_position_embeddings=64,
+    rope_theta=1e4,
+    mlp_only_layers=(0,),
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=8,
+    router_aux_loss_coef=0.5,
+)
+ROWS, LENGTH, EXPERTS = 8, 16, CONFIG.num_experts
+MODEL = Qwen3(CONFIG, capacity_factor=1.0, group_size=8)
+SCOPES = ("sequence", "micro", "step_running", "step_exact")
+
+
+def make_batch(order: Any = slice(None)) -> dict[str, np.ndarray]:
+    """Rows of unequal length, one empty, each with its own part of the vocabulary: they differ in what they route to."""
+    rng = np.random.default_rng(0)
+    lengths = np.array([16, 3, 9, 0, 16, 12, 1, 7])
+    segments = (np.arange(LENGTH) < lengths[:, None]).astype(np.int32)
+    tokens = (8 * np.arange(ROWS)[:, None] + rng.integers(0, 8, (ROWS, LENGTH))).astype(np.int32)
+    batch = {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "segment_ids": segments,
+        "positions": np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
+        "loss_weights": segments.astype(np.float32),
+    }
+    return {name: value[order] for name, value in batch.items()}
+
+
+BOXED = jax.eval_shape(lambda: MODEL.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))["params"]
+
+
+@functools.cache
+def params() -> Any:
+    generator = np.random.default_rng(1)
+    return jax.tree.map(lambda x: jnp.asarray(generator.standard_normal(x.shape) / 4, jnp.float32), nn.unbox(BOXED))
+
+
+@functools.cache
+def train_step(accumulation: int, router: RouterConfig, aux_coef: float = CONFIG.router_aux_loss_coef) -> Any:
+    """The step with plain gradient descent, so that the update is the gradient."""
+    model = dataclasses.replace(MODEL, config=dataclasses.replace(CONFIG, router_aux_loss_coef=aux_coef))
+    return jax.jit(make_train_step(model, optax.sgd(1.0), accumulation, router))
+
+
+def start(weights: Any) -> TrainState:
+    return TrainState(weights, optax.sgd(1.0).init(weights))
+
+
+def run(step: Any, batch: dict[str, Any]) -> tuple[Any, dict[str, np.ndarray]]:
+    """The update and the metrics."""
+    state, metrics = jax.device_get(step(start(params()), batch))
+    return jax.tree.map(np.subtract, jax.device_get(params()), state.params), metrics
+
+
+def forward_stats(weights: Any, batch: dict[str, Any]) -> RouterStats:
+    out = MODEL.apply({"params": weights}, batch["tokens"], batch["positions"], batch["segment_ids"])
+    assert out.router is not None
+    return out.router
+
+
+@functools.cache
+def whole_stats() -> RouterStats:
+    return jax.device_get(jax.jit(forward_stats)(params(), make_batch()))
+
+
+@functools.cache
+def run_whole(router: RouterConfig) -> Any:
+    return run(train_step(1, router), make_batch())
+
+
+def oracle(stats: RouterStats, accumulation: int) -> dict[str, np.ndarray]:
+    """Each scope's loss [L] by its formula, in float64, from what the routers did with each row."""
+    counts, probs, tokens = (np.asarray(x, np.float64) for x in (stats.counts_BE, stats.prob_sum_BE, stats.tokens_B))
+    micro = [slice(m, None, accumulation) for m in range(accumulation)]
+
+    def lbl(count_rows: Any, prob_rows: Any) -> np.ndarray:
+        f = (
+            counts[:, count_rows].sum(axis=1)
+            / (CONFIG.num_experts_per_tok * tokens[:, count_rows].sum(axis=1))[:, None]
+        )
+        p = probs[:, prob_rows].sum(axis=1) / tokens[:, prob_rows].sum(axis=1)[:, None]
+        return EXPERTS * (f * p).sum(axis=1)
+
+    rows = [[row] for row in range(ROWS) if tokens[0, row] > 0]
+    everything = slice(None)
+    so_far = [[row for row in range(ROWS) if row % accumulation <= m] for m in range(accumulation)]
+    return {
+        "sequence": np.mean([lbl(row, row) for row in rows], axis=0),
+        "micro": np.mean([lbl(part, part) for part in micro], axis=0),
+        "step_running": np.mean([lbl(seen, part) for seen, part in zip(so_far, micro, strict=True)], axis=0),
+        "step_exact": lbl(everything, everything),
+    }
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_all_scopes_are_logged(accumulation: int) -> None:
+    """Whatever is trained on. They differ from each other by far more than the tolerance."""
+    expected = oracle(whole_stats(), accumulation)
+    for scope in ("step_exact", "micro"):
+        _, metrics = run(train_step(accumulation, RouterConfig(balance_scope=scope)), make_batch())
+        for name in SCOPES:
+            np.testing.assert_allclose(metrics[f"router/balance_{name}"], expected[name], rtol=2e-6, err_msg=name)
+        np.testing.assert_allclose(metrics["balance_loss"], expected[scope].mean(), rtol=2e-6)
+    values = sorted(expected[name].mean() for name in SCOPES)
+    distinct = {1: 2, 2: 4, 4: 4}[accumulation]
+    assert sum(np.diff(values) > 1e-3) == distinct - 1
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_scope_is_what_is_trained_on(scope: str) -> None:
+    """The balance loss's part of the update is the gradient of its formula, written out over four micro-batches."""
+
+    def formula(weights: Any) -> jax.Array:
+        stats = forward_stats(weights, make_batch())
+        counts, probs, tokens = jax.lax.stop_gradient(stats.counts_BE), stats.prob_sum_BE, stats.tokens_B
+        micro, values = [slice(m, None, 4) for m in range(4)], []
+        if scope == "sequence":
+            rows = [[row] for row in range(ROWS) if row != 3]
+            pairs = [(row, row) for row in rows]
+        elif scope == "step_exact":
+            pairs = [(slice(None), slice(None))]
+        else:
+            pairs = [(np.array([r for r in range(ROWS) if r % 4 <= m]), micro[m]) for m in range(4)]
+            pairs = pairs if scope == "step_running" else [(part, part) for _, part in pairs]
+        for seen, part in pairs:
+            f = counts[:, seen].sum(axis=1) / counts[:, seen].sum(axis=(1, 2))[:, None]
+            values.append(EXPERTS * (f * probs[:, part].sum(axis=1)).sum(axis=1) / tokens[:, part].sum(axis=1))
+        return CONFIG.router_aux_loss_coef * jnp.stack(values).mean()
+
+    update, _ = run(train_step(4, RouterConfig(balance_scope=scope)), make_batch())
+    plain, _ = run(train_step(4, RouterConfig(balance_scope=scope), aux_coef=0.0), make_batch())
+    moved = jax.tree.map(np.subtract, update, plain)
+    expected = jax.jit(jax.grad(formula))(params())
+    chex.assert_trees_all_close(moved, jax.device_get(expected), atol=2e-6)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected)) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "mesh"),
+    [(2, None), (4, None), (8, None), (1, MeshConfig(fsdp=8)), (2, MeshConfig(fsdp=2, expert=2, tensor=2))],
+    ids=["2 parts", "4 parts", "8 parts", "8 devices", "2 parts on 8 devices"],
+)
+def test_step_exact_does_not_depend_on_how_the_step_is_computed(accumulation: int, mesh: MeshConfig | None) -> None:
+    """Nor on the order of rows: to 1e-6 of the oracle, and of the update of one device and one batch."""
+    expected = oracle(whole_stats(), 1)["step_exact"]
+    router = RouterConfig(z_loss_coef=0.1)
+    whole, whole_metrics = run_whole(router)
+    step = train_step(accumulation, router)
+    for order in (slice(None), np.random.default_rng(5).permutation(ROWS)):
+        batch = make_batch(order)
+        if mesh is None:
+            update, metrics = run(step, batch)
+        else:
+            with jax.set_mesh(made := make_mesh(mesh)):
+                sharding = NamedSharding(made, partition_spec(("batch", "length"), made))
+                placed = jax.device_put(params(), named_shardings(BOXED, made))
+                state, metrics = jax.device_get(step(start(placed), jax.device_put(batch, sharding)))
+                update = jax.tree.map(np.subtract, jax.device_get(params()), state.params)
+        np.testing.assert_allclose(metrics["router/balance_step_exact"], expected, rtol=1e-6)
+        np.testing.assert_allclose(metrics["z_loss"], whole_metrics["z_loss"], rtol=1e-6)
+        chex.assert_trees_all_close(update, whole, atol=1e-6)
+
+
+def test_only_step_exact_counts_first() -> None:
+    """One product of the routers' a layer more where the counts of the whole step are wanted before any gradient."""
+    batch, state = make_batch(), start(params())
+
+    def top_ks(scope: str, aux_coef: float = 0.5) -> int:
+        text = train_step(2, RouterConfig(balance_scope=scope), aux_coef).lower(state, batch).as_text()
+        return text.count("chlo.top_k")
+
+    counted = top_ks("step_exact")
+    assert counted == 2 * top_ks("micro") == 2 * top_ks("step_running") == 2 * top_ks("sequence")
+    assert top_ks("step_exact", aux_coef=0.0) == counted // 2
+
+
+def test_z_loss() -> None:
+    """The mean over layers and tokens of the squared logsumexp; its part of the update is its gradient."""
+
+    def formula(weights: Any) -> jax.Array:
+        stats = forward_stats(weights, make_batch())
+        return (stats.z_sum_B.sum(axis=1) / stats.tokens_B.sum(axis=1)).mean()
+
+    value, gradient = jax.jit(jax.value_and_grad(formula))(params())
+    update, metrics = run(train_step(2, RouterConfig(z_loss_coef=0.3)), make_batch())
+    plain, plain_metrics = run(train_step(2, RouterConfig()), make_batch())
+    np.testing.assert_allclose([metrics["z_loss"], plain_metrics["z_loss"]], value, rtol=1e-6)
+    moved = jax.tree.map(np.subtract, update, plain)
+    chex.assert_trees_all_close(moved, jax.tree.map(lambda g: 0.3 * np.asarray(g), gradient), atol=2e-6)
+    assert float(jnp.abs(gradient["layers_1_3"]["mlp"]["router"]).max()) > 1e-2
+
+
+def test_router_series() -> None:
+    stats = whole_stats()
+    _, metrics = run(train_step(2, RouterConfig()), make_batch())
+    counts = stats.counts_BE.sum(axis=1).astype(np.float64)
+    load = counts / counts.mean(axis=1, keepdims=True)
+    gini = np.abs(load[:, :, None] - load[:, None, :]).sum(axis=(1, 2)) / (2 * EXPERTS**2)
+    expected = {
+        "load": load,
+        "load_max": load.max(axis=1),
+        "load_min": load.min(axis=1),
+        "load_gini": gini,
+        "dropped": stats.dropped_B.sum(axis=1) / counts.sum(axis=1),
+        "entropy": stats.entropy_sum_B.sum(axis=1) / stats.tokens_B.sum(axis=1),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[f"router/{name}"], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert (metrics["router/dropped"] > 0).all()
+    assert (gini > 0.01).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"balance_scope": "batch"}, "balance_scope: 'batch'; one of sequence, micro, step_running, step_exact fits"),
+        ({"z_loss_coef": -1.0}, "z_loss_coef: -1.0; a number >= 0 fits"),
+    ],
+)
+def test_router_config_refuses(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RouterConfig(**fields)
+
+
+def test_heat_map(tmp_path: Path) -> None:
+    """Red where an expert has more than the mean, blue where less, white at the mean; layers from top to bottom."""
+    load_LE = np.array([[4.0, 0.0], [1.0, 1.0]])
+    write_heat_map(tmp_path / "map.png", load_LE, "step 1")
+    picture = heat_map(load_LE, "step 1")
+    saved = (matplotlib.image.imread(tmp_path / "map.png")[..., :3] * 255).round().astype(np.uint8)
+    np.testing.assert_array_equal(picture, saved)
+    height, width, _ = picture.shape
+    (red, blue), (white, _) = [
+        [picture[height * y // 20, width * x // 20].astype(int) for x in (4, 10)] for y in (6, 13)
+    ]
+    assert red[0] > red[2] + 50
+    assert blue[2] > blue[0] + 50
+    assert white.min() > 240
