@@ -27,28 +27,28 @@ from sharding import MeshConfig, make_mesh, named_shardings, partition_spec
 CONFIG = ModelConfig(
     vocab_size=64,
     hidden_size=16,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=2,
     num_key_value_heads=1,
     head_dim=8,
     intermediate_size=16,
     max_position_embeddings=64,
     rope_theta=1e4,
-    mlp_only_layers=(0,),
     num_experts=4,
     num_experts_per_tok=2,
     moe_intermediate_size=8,
     router_aux_loss_coef=0.5,
 )
-ROWS, LENGTH, EXPERTS = 8, 16, CONFIG.num_experts
+ROWS, LENGTH, EXPERTS, EMPTY_ROW = 8, 16, CONFIG.num_experts, 3
 MODEL = Qwen3(CONFIG, capacity_factor=1.0, group_size=8)
 SCOPES = ("sequence", "micro", "step_running", "step_exact")
 
 
 def make_batch(order: Any = slice(None)) -> dict[str, np.ndarray]:
-    """Rows of unequal length, one empty, each with its own part of the vocabulary: they differ in what they route to."""
+    """Rows of unequal length, one empty, each with its own part of the vocabulary, so that they route differently."""
     rng = np.random.default_rng(0)
-    lengths = np.array([16, 3, 9, 0, 16, 12, 1, 7])
+    lengths = np.array([16, 3, 9, 5, 16, 12, 1, 7])
+    lengths[EMPTY_ROW] = 0
     segments = (np.arange(LENGTH) < lengths[:, None]).astype(np.int32)
     tokens = (8 * np.arange(ROWS)[:, None] + rng.integers(0, 8, (ROWS, LENGTH))).astype(np.int32)
     batch = {
@@ -98,11 +98,6 @@ def whole_stats() -> RouterStats:
     return jax.device_get(jax.jit(forward_stats)(params(), make_batch()))
 
 
-@functools.cache
-def run_whole(router: RouterConfig) -> Any:
-    return run(train_step(1, router), make_batch())
-
-
 def oracle(stats: RouterStats, accumulation: int) -> dict[str, np.ndarray]:
     """Each scope's loss [L] by its formula, in float64, from what the routers did with each row."""
     counts, probs, tokens = (np.asarray(x, np.float64) for x in (stats.counts_BE, stats.prob_sum_BE, stats.tokens_B))
@@ -127,18 +122,16 @@ def oracle(stats: RouterStats, accumulation: int) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("accumulation", [1, 4])
 def test_all_scopes_are_logged(accumulation: int) -> None:
-    """Whatever is trained on. They differ from each other by far more than the tolerance."""
     expected = oracle(whole_stats(), accumulation)
-    for scope in ("step_exact", "micro"):
-        _, metrics = run(train_step(accumulation, RouterConfig(balance_scope=scope)), make_batch())
-        for name in SCOPES:
-            np.testing.assert_allclose(metrics[f"router/balance_{name}"], expected[name], rtol=2e-6, err_msg=name)
-        np.testing.assert_allclose(metrics["balance_loss"], expected[scope].mean(), rtol=2e-6)
+    _, metrics = run(train_step(accumulation, RouterConfig()), make_batch())
+    for name in SCOPES:
+        np.testing.assert_allclose(metrics[f"router/balance_{name}"], expected[name], rtol=2e-6, err_msg=name)
+    np.testing.assert_allclose(metrics["balance_loss"], expected["step_exact"].mean(), rtol=2e-6)
+    # Those that differ do so by far more than the tolerance.
     values = sorted(expected[name].mean() for name in SCOPES)
-    distinct = {1: 2, 2: 4, 4: 4}[accumulation]
-    assert sum(np.diff(values) > 1e-3) == distinct - 1
+    assert (np.diff(values) > 1e-3).sum() == (1 if accumulation == 1 else 3)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -150,37 +143,38 @@ def test_the_scope_is_what_is_trained_on(scope: str) -> None:
         counts, probs, tokens = jax.lax.stop_gradient(stats.counts_BE), stats.prob_sum_BE, stats.tokens_B
         micro, values = [slice(m, None, 4) for m in range(4)], []
         if scope == "sequence":
-            rows = [[row] for row in range(ROWS) if row != 3]
-            pairs = [(row, row) for row in rows]
+            pairs: list[Any] = [([row], [row]) for row in range(ROWS) if row != EMPTY_ROW]
         elif scope == "step_exact":
             pairs = [(slice(None), slice(None))]
+        elif scope == "micro":
+            pairs = [(part, part) for part in micro]
         else:
-            pairs = [(np.array([r for r in range(ROWS) if r % 4 <= m]), micro[m]) for m in range(4)]
-            pairs = pairs if scope == "step_running" else [(part, part) for _, part in pairs]
+            pairs = [(np.array([row for row in range(ROWS) if row % 4 <= m]), micro[m]) for m in range(4)]
         for seen, part in pairs:
             f = counts[:, seen].sum(axis=1) / counts[:, seen].sum(axis=(1, 2))[:, None]
-            values.append(EXPERTS * (f * probs[:, part].sum(axis=1)).sum(axis=1) / tokens[:, part].sum(axis=1))
+            p = probs[:, part].sum(axis=1) / tokens[:, part].sum(axis=1)[:, None]
+            values.append(EXPERTS * (f * p).sum(axis=1))
         return CONFIG.router_aux_loss_coef * jnp.stack(values).mean()
 
-    update, _ = run(train_step(4, RouterConfig(balance_scope=scope)), make_batch())
-    plain, _ = run(train_step(4, RouterConfig(balance_scope=scope), aux_coef=0.0), make_batch())
+    update, metrics = run(train_step(4, RouterConfig(balance_scope=scope)), make_batch())
+    plain, _ = run(train_step(4, RouterConfig(), aux_coef=0.0), make_batch())
     moved = jax.tree.map(np.subtract, update, plain)
-    expected = jax.jit(jax.grad(formula))(params())
-    chex.assert_trees_all_close(moved, jax.device_get(expected), atol=2e-6)
-    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected)) > 1e-2
+    value, expected = jax.device_get(jax.jit(jax.value_and_grad(formula))(params()))
+    np.testing.assert_allclose(metrics["balance_loss"] * CONFIG.router_aux_loss_coef, value, rtol=2e-6)
+    chex.assert_trees_all_close(moved, expected, atol=2e-6)
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected)) > 1e-3
 
 
 @pytest.mark.parametrize(
     ("accumulation", "mesh"),
-    [(2, None), (4, None), (8, None), (1, MeshConfig(fsdp=8)), (2, MeshConfig(fsdp=2, expert=2, tensor=2))],
-    ids=["2 parts", "4 parts", "8 parts", "8 devices", "2 parts on 8 devices"],
+    [(4, None), (8, None), (1, MeshConfig(fsdp=8)), (2, MeshConfig(fsdp=2, expert=2, tensor=2))],
+    ids=["4 parts", "8 parts", "8 devices", "2 parts on 8 devices"],
 )
 def test_step_exact_does_not_depend_on_how_the_step_is_computed(accumulation: int, mesh: MeshConfig | None) -> None:
     """Nor on the order of rows: to 1e-6 of the oracle, and of the update of one device and one batch."""
     expected = oracle(whole_stats(), 1)["step_exact"]
-    router = RouterConfig(z_loss_coef=0.1)
-    whole, whole_metrics = run_whole(router)
-    step = train_step(accumulation, router)
+    whole, _ = run(train_step(1, RouterConfig()), make_batch())
+    step = train_step(accumulation, RouterConfig())
     for order in (slice(None), np.random.default_rng(5).permutation(ROWS)):
         batch = make_batch(order)
         if mesh is None:
@@ -192,7 +186,6 @@ def test_step_exact_does_not_depend_on_how_the_step_is_computed(accumulation: in
                 state, metrics = jax.device_get(step(start(placed), jax.device_put(batch, sharding)))
                 update = jax.tree.map(np.subtract, jax.device_get(params()), state.params)
         np.testing.assert_allclose(metrics["router/balance_step_exact"], expected, rtol=1e-6)
-        np.testing.assert_allclose(metrics["z_loss"], whole_metrics["z_loss"], rtol=1e-6)
         chex.assert_trees_all_close(update, whole, atol=1e-6)
 
 
@@ -217,17 +210,17 @@ def test_z_loss() -> None:
         return (stats.z_sum_B.sum(axis=1) / stats.tokens_B.sum(axis=1)).mean()
 
     value, gradient = jax.jit(jax.value_and_grad(formula))(params())
-    update, metrics = run(train_step(2, RouterConfig(z_loss_coef=0.3)), make_batch())
-    plain, plain_metrics = run(train_step(2, RouterConfig()), make_batch())
+    update, metrics = run(train_step(4, RouterConfig(z_loss_coef=0.3)), make_batch())
+    plain, plain_metrics = run(train_step(4, RouterConfig()), make_batch())
     np.testing.assert_allclose([metrics["z_loss"], plain_metrics["z_loss"]], value, rtol=1e-6)
     moved = jax.tree.map(np.subtract, update, plain)
     chex.assert_trees_all_close(moved, jax.tree.map(lambda g: 0.3 * np.asarray(g), gradient), atol=2e-6)
-    assert float(jnp.abs(gradient["layers_1_3"]["mlp"]["router"]).max()) > 1e-2
+    assert float(jnp.abs(gradient["layers_0_2"]["mlp"]["router"]).max()) > 1e-2
 
 
 def test_router_series() -> None:
     stats = whole_stats()
-    _, metrics = run(train_step(2, RouterConfig()), make_batch())
+    _, metrics = run(train_step(4, RouterConfig()), make_batch())
     counts = stats.counts_BE.sum(axis=1).astype(np.float64)
     load = counts / counts.mean(axis=1, keepdims=True)
     gini = np.abs(load[:, :, None] - load[:, None, :]).sum(axis=(1, 2)) / (2 * EXPERTS**2)
