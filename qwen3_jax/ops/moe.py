@@ -166,7 +166,24 @@ def expert_swiglu(x_EGCD: jax.Array, experts: Experts) -> jax.Array:
     gate_EFD, up_EFD, down_EDF = experts
     gate = jnp.einsum("EGCD,EFD->EGCF", x_EGCD, gate_EFD)
     up = jnp.einsum("EGCD,EFD->EGCF", x_EGCD, up_EFD)
-    return jnp.einsum("EGCF,EDF->EGCD", jax.nn.silu(gate) * up, down_EDF)
+    return jnp.einsum("EGCF,EDF->EGCD", _swiglu(gate, up), down_EDF)
+
+
+@jax.custom_vjp
+def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return _plain_swiglu(gate, up)
+
+
+def _plain_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_bwd(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Kept whole: a CPU would otherwise compute them again, transposed and number by number, for the weights' gradients.
+    return jax.lax.optimization_barrier(jax.vjp(_plain_swiglu, *saved)[1](grad))
+
+
+_swiglu.defvjp(lambda gate, up: (_plain_swiglu(gate, up), (gate, up)), _swiglu_bwd)
 
 
 def moe_capacity(
@@ -190,12 +207,34 @@ def moe_capacity(
     chosen_GSE = chosen_BTE.reshape(groups, group_size, num_experts)
     over_GE = jnp.maximum(chosen_GSE.sum(axis=1, dtype=jnp.float32) - capacity, 0)
     dispatch_GSEC = dispatch_mask(chosen_GSE, capacity).astype(x_BTD.dtype)
-    x_EGCD = jnp.einsum("GSEC,GSD->EGCD", dispatch_GSEC, x_GSD)
+    x_EGCD = _to_places(dispatch_GSEC, x_GSD)
     y_EGCD = _from_experts(expert_swiglu(_to_experts(x_EGCD), experts))
     # Weighted at their places, not by a mask of weights: one product less in the backward pass.
     gates_EGC = jnp.einsum("GSEC,GSE->EGC", dispatch_GSEC, gates_GSE)
-    y_GSD = jnp.einsum("GSEC,EGCD->GSD", dispatch_GSEC, y_EGCD * gates_EGC[..., None])
+    y_GSD = _from_places(dispatch_GSEC, y_EGCD * gates_EGC[..., None])
     return y_GSD.reshape(x_BTD.shape), over_GE.reshape(batch, -1).sum(axis=1)
+
+
+# Each of the two is the other's transpose. Said here, it is computed in the same order of axes: by its own rule, jax
+# would transpose the larger operand first.
+
+
+def _to_places(dispatch_GSEC: jax.Array, x_GSD: jax.Array) -> jax.Array:
+    """[E, G, C, D]: at each place its token, zeros where there is none."""
+    return jax.custom_derivatives.linear_call(_gather, _scatter, dispatch_GSEC, x_GSD)
+
+
+def _from_places(dispatch_GSEC: jax.Array, y_EGCD: jax.Array) -> jax.Array:
+    """[G, S, D]: for each token the sum of its places."""
+    return jax.custom_derivatives.linear_call(_scatter, _gather, dispatch_GSEC, y_EGCD)
+
+
+def _gather(dispatch_GSEC: jax.Array, x_GSD: jax.Array) -> jax.Array:
+    return jnp.einsum("GSEC,GSD->EGCD", dispatch_GSEC, x_GSD)
+
+
+def _scatter(dispatch_GSEC: jax.Array, y_EGCD: jax.Array) -> jax.Array:
+    return jnp.einsum("GSEC,EGCD->GSD", dispatch_GSEC, y_EGCD)
 
 
 def _to_experts(x_EGCD: jax.Array) -> jax.Array:

@@ -1,0 +1,158 @@
+"""Group size and capacity factor of the experts' dispatch: what each costs and drops.
+
+`python benchmarks/moe_groups.py drops` counts dropped choices: of the model that ships on data of its own kind, and of
+routers made uneven on purpose. `python benchmarks/moe_groups.py time --factor 1.25` times the train step of a small
+mixture of experts (8 layers, hidden 512, 32 experts of 256, top 8, batch 4 x 256, float32) for each group size, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+import qwen3_jax
+from qwen3_jax import hf
+from qwen3_jax.config import ModelConfig
+from qwen3_jax.data import DataConfig, make_loader
+from qwen3_jax.data.arithmetic import write_dataset
+from qwen3_jax.model import Qwen3
+from qwen3_jax.ops.moe import expert_capacity, route
+from qwen3_jax.train.step import TrainState, make_train_step
+
+GROUPS = (32, 64, 128, 256)
+FACTORS = (1.0, 1.25, 1.5, 2.0)
+ROWS, LENGTH = 4, 256
+MINI = ModelConfig(
+    vocab_size=32768,
+    hidden_size=512,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    intermediate_size=1536,
+    max_position_embeddings=4096,
+    rope_theta=1e6,
+    num_experts=32,
+    num_experts_per_tok=8,
+    moe_intermediate_size=256,
+    tie_word_embeddings=True,
+)
+
+
+def shipped_drops(batches: int = 8) -> Callable[[int, float], float]:
+    """The shipped model (8 experts, top 2) on fresh records of the kind it was trained on, packed, 8 x 256 a batch."""
+    config, params = hf.load_checkpoint(Path(qwen3_jax.__file__).parent / "assets" / "qwen3-tiny", dtype="float32")
+    with tempfile.TemporaryDirectory() as folder:
+        write_dataset(Path(folder), 2000, seed=1, vocab_size=config.vocab_size)
+        paths, tokenizer = [f"{folder}/train.jsonl"], str(Path(qwen3_jax.__file__).parent / "assets" / "qwen3-tiny")
+        loader = make_loader(DataConfig(paths=paths, tokenizer=tokenizer, sequence_length=LENGTH, batch_size=8))
+        data = [next(loader) for _ in range(batches)]
+
+    def rate(group_size: int, factor: float) -> float:
+        model = Qwen3(config, capacity_factor=factor, group_size=group_size)
+        forward = jax.jit(lambda b: model.apply({"params": params}, b["tokens"], b["positions"], b["segment_ids"]).router)
+        stats = [forward(batch) for batch in data]
+        return float(sum(s.dropped_B.sum() for s in stats) / sum(s.counts_BE.sum() for s in stats))
+
+    return rate
+
+
+def uneven_drops(everywhere: float, by_row: float, rows: int = 64) -> Callable[[int, float], float]:
+    """32 experts, top 8, with random preferences: of all tokens alike, and of each row's own (its topic)."""
+    rng = np.random.default_rng(0)
+    experts = MINI.num_experts
+    bias = everywhere * rng.standard_normal(experts) + by_row * rng.standard_normal((rows, 1, experts))
+    logits = rng.gumbel(size=(rows, LENGTH, experts)) + bias
+    _, chosen, _ = route(jnp.asarray(logits), MINI.num_experts_per_tok, True, jnp.ones((rows, LENGTH), bool))
+
+    def rate(group_size: int, factor: float) -> float:
+        counts = np.asarray(chosen).reshape(-1, group_size, experts).sum(axis=1)
+        capacity = expert_capacity(group_size, experts, MINI.num_experts_per_tok, factor)
+        return float(np.maximum(counts - capacity, 0).sum() / counts.sum())
+
+    return rate
+
+
+def drops() -> None:
+    cases = {
+        "shipped model": shipped_drops(),
+        "even": uneven_drops(0.0, 0.0),
+        "uneven": uneven_drops(0.5, 0.0),
+        "by topic": uneven_drops(0.0, 0.5),
+        "both": uneven_drops(0.5, 0.5),
+    }
+    print(f"| group | factor | {' | '.join(cases)} |")
+    print(f"| --- | --- |{' --- |' * len(cases)}")
+    for group_size in GROUPS:
+        for factor in FACTORS:
+            rates = " | ".join(f"{rate(group_size, factor):.1%}" for rate in cases.values())
+            print(f"| {group_size} | {factor} | {rates} |", flush=True)
+
+
+def dispatch_share(group_size: int) -> float:
+    """FLOPs of the products with the dispatch mask over those with the experts' weights, forward and backward: two and
+    two products of 2 S (E C) D a group against three and six of 2 (E C) F D."""
+    return 4 * group_size / (9 * MINI.moe_intermediate_size)
+
+
+def steps(factor: float) -> Iterator[tuple[str, Callable[[TrainState, Any], Any], Any]]:
+    """Names, train steps, and the optimiser that all share."""
+    optimizer = optax.adamw(1e-4)
+    models = {f"{size}": Qwen3(MINI, capacity_factor=factor, group_size=size) for size in GROUPS}
+    for name, model in models.items():
+        yield name, jax.jit(make_train_step(model, optimizer, 1), donate_argnums=0), optimizer
+
+
+def times(factor: float, turns: int) -> None:
+    tokens = np.random.default_rng(0).integers(0, MINI.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": np.ones((ROWS, LENGTH), np.int32),
+        "positions": np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
+        "loss_weights": np.ones((ROWS, LENGTH), np.float32),
+    }
+    init = jax.jit(lambda key: nn.unbox(Qwen3(MINI).init(key, jnp.zeros((1, 8), jnp.int32)))["params"])
+    variants = list(steps(factor))
+    params = init(jax.random.key(0))
+    state = TrainState(params, variants[0][2].init(params))
+    del params
+    seconds: dict[str, list[float]] = {name: [] for name, _, _ in variants}
+    for turn in range(turns + 1):
+        for name, step, _ in variants:
+            begin = time.perf_counter()
+            state, metrics = step(state, batch)
+            jax.block_until_ready((state, metrics))
+            if turn:  # the first one compiles
+                seconds[name].append(time.perf_counter() - begin)
+    base = seconds[str(GROUPS[-1])]
+    print(f"factor {factor}\n| group | dispatch / expert FLOPs | s per step | tokens/s | step / step at {GROUPS[-1]} |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, values in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(values, base, strict=True))
+        middle = statistics.median(values)
+        spread = f"{middle:.2f} ({min(values):.2f}..{max(values):.2f})"
+        print(f"| {name} | {dispatch_share(int(name)):.0%} | {spread} | {ROWS * LENGTH / middle:.0f} | {ratio:.2f} |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["drops", "time"])
+    parser.add_argument("--factor", type=float, default=1.25, help="capacity factor of the timed steps")
+    parser.add_argument("--turns", type=int, default=4)
+    args = parser.parse_args()
+    if args.what == "drops":
+        drops()
+    else:
+        times(args.factor, args.turns)
