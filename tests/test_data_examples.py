@@ -146,7 +146,9 @@ def test_labels_come_along_and_nulls_are_none(tokenizer: Tokenizer) -> None:
 @given(st.lists(st.tuples(st.integers(0, 151_935), st.booleans()), min_size=2), st.booleans())
 def test_records_of_token_files_give_everything_back(pairs: list[tuple[int, bool]], is_text: bool) -> None:
     ids, mask = zip(*pairs, strict=True)
-    encoded = Encoded(Example(np.array(ids, np.int32), np.array(mask, np.uint8)), {"domain": "ü"} if mask[0] else {}, is_text)
+    encoded = Encoded(
+        Example(np.array(ids, np.int32), np.array(mask, np.uint8)), {"domain": "ü"} if mask[0] else {}, is_text
+    )
     again = Encoded.from_bytes(encoded.to_bytes())
     assert (again.labels, again.is_text) == (encoded.labels, encoded.is_text)
     np.testing.assert_array_equal(again.whole.tokens_N, ids)

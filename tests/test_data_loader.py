@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from qwen3_jax.data import DataConfig, SourceConfig, make_loader
+from qwen3_jax.data.mixture import shuffled
 from qwen3_jax.data.packing import OPEN_ROWS
 from qwen3_jax.tokenizer import load_tokenizer, train_sentencepiece
 
@@ -45,9 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _config(folder: Path, *names: str, weights: tuple[float, ...] = (), **fields: Any) -> DataConfig:
     weights = weights or (1.0,) * len(names)
-    sources = [
-        SourceConfig(name, (str(folder / name),), weight) for name, weight in zip(names, weights, strict=True)
-    ]
+    sources = [SourceConfig(name, (str(folder / name),), weight) for name, weight in zip(names, weights, strict=True)]
     fields = {"sequence_length": 24, "batch_size": 8, **fields}
     return DataConfig(sources=tuple(sources), tokenizer=str(folder), **fields)
 
@@ -58,7 +57,9 @@ def _batches(loader: Iterator[Batch], count: int) -> list[Batch]:
 
 def _joined(parts: list[list[Batch]]) -> list[Batch]:
     """The global batches, of those of each process."""
-    return [{name: np.concatenate([part[name] for part in step]) for name in step[0]} for step in zip(*parts, strict=True)]
+    return [
+        {name: np.concatenate([part[name] for part in step]) for name in step[0]} for step in zip(*parts, strict=True)
+    ]
 
 
 def _assert_same(actual: list[Batch], expected: list[Batch]) -> None:
@@ -76,7 +77,7 @@ def _assert_same(actual: list[Batch], expected: list[Batch]) -> None:
 def _epochs(config: DataConfig, count: int) -> list[list[int]]:
     """The numbers of `numbers.txt`, which fill a row each, in the order in which they are drawn over all lanes.
 
-    The first rows wait until OPEN_ROWS are full, so a lane's rows come late, but in order.
+    A row is given out when OPEN_ROWS are full, so a lane's rows come late, but in order.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     batches = _batches(make_loader(config), count * NUM_NUMBERS // config.batch_size)
@@ -159,6 +160,18 @@ def test_segments_never_mix(folder: Path) -> None:
     assert several > 100
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 64, 1000])
+def test_shuffles_are_permutations_in_which_every_place_is_as_likely(count: int) -> None:
+    keys = 400 if count <= 5 else 2
+    orders = [[shuffled(i, count, key) for i in range(count)] for key in range(keys)]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    if count <= 5:  # six standard deviations
+        firsts = Counter(order[0] for order in orders)
+        assert all(abs(firsts[i] - keys / count) < 6 * (keys / count) ** 0.5 for i in range(count))
+    else:
+        assert orders[0] != orders[1]
+
+
 # Processes, workers, resumption.
 
 
@@ -191,7 +204,7 @@ def test_the_number_of_workers_changes_no_batch_and_no_state(folder: Path) -> No
     config = _config(folder, "numbers.txt", "mixed.jsonl", weights=(1, 5))
     loader = make_loader(config)
     whole = _batches(loader, 12)
-    helped = make_loader(DataConfig(config.sources, config.tokenizer, 24, 8, workers=3))
+    helped = make_loader(DataConfig(config.sources, config.tokenizer, 24, 8, workers=2))
     _assert_same(_batches(helped, 6), whole[:6])
     state = helped.get_state()
     resumed = make_loader(config)
@@ -299,7 +312,8 @@ def test_tokens_follow_the_weights_in_every_lane(folder: Path) -> None:
 def test_the_order_of_sources_changes_nothing_but_ties(folder: Path) -> None:
     """Each source's own order is fixed by its name, wherever it stands."""
     one, other = (
-        make_loader(_config(folder, *names, batch_size=1)) for names in (("mixed.jsonl", "few.jsonl"), ("few.jsonl", "mixed.jsonl"))
+        make_loader(_config(folder, *names, batch_size=1))
+        for names in (("mixed.jsonl", "few.jsonl"), ("few.jsonl", "mixed.jsonl"))
     )
     _batches(one, 20), _batches(other, 20)
     a, b = one.get_state()["0"]["sources"], other.get_state()["0"]["sources"]
@@ -322,7 +336,9 @@ def test_only_documents_of_the_wanted_length_come(folder: Path) -> None:
 
 def test_a_source_without_a_document_that_fits_is_refused(folder: Path) -> None:
     source = SourceConfig("long", (str(folder / "few.jsonl"),), tokens=(60, 120))
-    with pytest.raises(ValueError, match=r"sources.long: of 97 documents in a row none has \(60, 120\) tokens"):
+    with pytest.raises(
+        ValueError, match=r"sources.long: of 97 documents in a row none is kept; wider `tokens` than \(60, 120\)"
+    ):
         next(make_loader(DataConfig((source,), str(folder), sequence_length=120, batch_size=2)))
 
 

@@ -88,7 +88,9 @@ def test_targets_never_cross_segments() -> None:
     np.testing.assert_array_equal(batch["targets"][trained], batch["tokens"][trained] + 1)
     np.testing.assert_array_equal(batch["targets"][~trained], 0)
     np.testing.assert_array_equal(batch["positions"], batch["tokens"] % 100)
-    assert sorted(batch["targets"][trained].tolist()) == [100 * d + p for d, n in enumerate(lengths, 1) for p in range(1, n)]
+    assert sorted(batch["targets"][trained].tolist()) == [
+        100 * d + p for d, n in enumerate(lengths, 1) for p in range(1, n)
+    ]
 
 
 def test_no_document_waits_for_ever() -> None:

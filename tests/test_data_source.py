@@ -59,9 +59,7 @@ def _write(path: Path) -> None:
 def _schema() -> pa.Schema:
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     labels = pa.struct([("domain", pa.string())])
-    return pa.schema(
-        [("url", pa.string()), ("text", pa.string()), ("messages", pa.list_(message)), ("labels", labels)]
-    )
+    return pa.schema([("url", pa.string()), ("text", pa.string()), ("messages", pa.list_(message)), ("labels", labels)])
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "arrayrecord"])

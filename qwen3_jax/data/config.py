@@ -15,7 +15,7 @@ class SourceConfig:
       name: short and unique; it seeds the order of the source's documents.
       paths: files or globs, local or on a file system that fsspec knows (gs://); .jsonl, .txt, .parquet, .arrayrecord.
       weight: its share of the tokens is weight / sum of all weights.
-      licence, origin, languages: for the catalogue; what is not said here is taken from the manifest of tokenised files.
+      licence, origin, languages: for the catalogue; what is not said here comes from the manifest of tokenised files.
       tokens: [min, max], both inclusive; documents of another length, in tokens, are passed over.
       label_weights: {label: {value: weight}}; relative chances of the source's documents by the labels that their
         records carry. "*" stands for every other value and for none; without it they have weight 1. The weights of

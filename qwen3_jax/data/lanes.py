@@ -30,7 +30,7 @@ _MAX_MISFITS = 1_000_000
 
 @dataclasses.dataclass(frozen=True)
 class _Segment:
-    """An example in an open row, and where it came from: example `part` of the lane's `turn`-th document of a source."""
+    """An example in an open row, and where it is from: example `part` of the lane's `turn`-th document of a source."""
 
     example: Example
     source: int
@@ -75,8 +75,8 @@ class _Cursor:
             if misfits > min(32 * self.stream.num_documents, _MAX_MISFITS):
                 source = self.stream.source
                 raise ValueError(
-                    f"sources.{source.name}: of {misfits:,} documents in a row none has {source.tokens or 'any'} tokens "
-                    f"and labels of a weight above 0; a wider range fits"
+                    f"sources.{source.name}: of {misfits:,} documents in a row none is kept; "
+                    f"wider `tokens` than {source.tokens} or other `label_weights` fit"
                 )
             self.turn, self.part = self.turn + 1, 0
         return drawn
@@ -200,7 +200,10 @@ class _Tally:
             kept[:] = [a + b for a, b in zip(kept, counts, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
-        return {"total": list(self.total), "labels": {k: {v: list(n) for v, n in d.items()} for k, d in self.labels.items()}}
+        return {
+            "total": list(self.total),
+            "labels": {k: {v: list(n) for v, n in d.items()} for k, d in self.labels.items()},
+        }
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> _Tally:

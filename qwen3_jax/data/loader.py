@@ -15,7 +15,7 @@ import numpy as np
 
 from qwen3_jax.data.config import DataConfig
 from qwen3_jax.data.lanes import order_of, refuse_other_order
-from qwen3_jax.data.mixture import open_streams
+from qwen3_jax.data.mixture import Stream, open_streams
 from qwen3_jax.data.packing import add_targets
 from qwen3_jax.data.workers import LaneGroup, LocalLanes, WorkerLanes
 from qwen3_jax.tokenizer import load_tokenizer
@@ -49,15 +49,14 @@ def make_loader(
     rows = config.batch_size // count
     lanes = range(index * rows, (index + 1) * rows)
     # The thread keeps the state of each batch beside it.
-    return grain.experimental.ThreadPrefetchDatasetIterator(_Batches(config, lanes), _AHEAD)
+    return grain.experimental.ThreadPrefetchDatasetIterator(_Batches(config, lanes, open_streams(config)), _AHEAD)
 
 
 class _Batches(grain.DatasetIterator):
     """The batches of some lanes."""
 
-    def __init__(self, config: DataConfig, lanes: Sequence[int]) -> None:
+    def __init__(self, config: DataConfig, lanes: Sequence[int], streams: Sequence[Stream]) -> None:
         super().__init__()
-        streams = open_streams(config)
         self._names = [str(lane) for lane in lanes]
         self._order = order_of(config, streams)
         self._pad_id = load_tokenizer(config.tokenizer).pad_id

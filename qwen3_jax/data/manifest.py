@@ -17,8 +17,8 @@ class Manifest:
     Attributes:
       name, licence, origin, languages: of the source, as its SourceConfig had them.
       tokenizer: fingerprint of the tokenizer that made the ids.
-      documents, tokens, loss_tokens: in all shards.
-      shards: documents of each file.
+      documents, tokens, loss_tokens: in all shards. documents_per_shard: the last one may hold fewer.
+      shards: documents of each file; empty until all files are written.
     """
 
     name: str
@@ -27,9 +27,10 @@ class Manifest:
     languages: list[str]
     tokenizer: str
     documents: int
-    tokens: int
-    loss_tokens: int
-    shards: dict[str, int]
+    documents_per_shard: int
+    tokens: int = 0
+    loss_tokens: int = 0
+    shards: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -39,12 +40,24 @@ def beside(path: str) -> Manifest | None:
     """The manifest in the directory of the file `path`, None where there is none.
 
     Raises:
-      ValueError: it is no manifest.
+      ValueError: it is no manifest, or one of files that are not all written.
     """
     fs, inner = fsspec.core.url_to_fs(path.rpartition("/")[0] + "/" + NAME if "/" in path else NAME)
     if not fs.exists(inner):
         return None
+    found = from_json(fs.cat_file(inner))
+    if not found.shards:
+        raise ValueError("tokenising was not finished; the same `qwen3-jax tokenize` again finishes it")
+    return found
+
+
+def from_json(text: str | bytes) -> Manifest:
+    """The inverse of `Manifest.to_json`.
+
+    Raises:
+      ValueError: it is no manifest.
+    """
     try:
-        return Manifest(**json.loads(fs.cat_file(inner)))
+        return Manifest(**json.loads(text))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{NAME} beside it is not one of `qwen3-jax tokenize`: {error}") from None
+        raise ValueError(f"{NAME} is not one of `qwen3-jax tokenize`: {error}") from None

@@ -6,8 +6,6 @@ import dataclasses
 import hashlib
 import math
 
-import grain
-
 from qwen3_jax.data.config import DataConfig, Labels, SourceConfig
 from qwen3_jax.data.examples import Cutter, Encoder, Example
 from qwen3_jax.data.source import DocumentSource
@@ -35,8 +33,7 @@ class Stream:
         self.num_documents = len(documents)
         self._salt = uniform(data.seed, source.name)
         self._documents, self._encode, self._cut = documents, encode, cut
-        order = grain.MapDataset.range(len(documents))
-        self._order = order.shuffle(seed=int(self._salt * 2**32)) if data.shuffle else order
+        self._shuffle = data.shuffle
 
     def draw(self, position: int) -> Drawn:
         """The document at `position`, or what is left of it by the source's `tokens` and `label_weights`.
@@ -44,7 +41,9 @@ class Stream:
         Raises:
           ValueError: `file:line: reason` for a document that is malformed.
         """
-        index: int = self._order[position]
+        epoch, index = divmod(position, self.num_documents)
+        if self._shuffle:
+            index = shuffled(index, self.num_documents, self._salt, epoch)
         document = self._documents[index]
         encoded = self._encode(document)
         least, most = self.source.tokens or (0, math.inf)
@@ -52,7 +51,6 @@ class Stream:
         if keep == 0 or not least <= len(encoded.whole) <= most:
             return Drawn([], encoded.labels, fits=False)
         # Over the passes, keep = 0.3 gives each document its turn three times in ten, evenly spread.
-        epoch = position // self.num_documents
         phase = uniform(self._salt, index)
         if math.floor(phase + (epoch + 1) * keep) == math.floor(phase + epoch * keep):
             return Drawn([], encoded.labels)
@@ -80,7 +78,27 @@ def open_streams(config: DataConfig) -> list[Stream]:
     return streams
 
 
-def uniform(*parts: object) -> float:
-    """A number in [0, 1) that is a function of `parts` alone."""
-    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=4).digest()
-    return int.from_bytes(digest) / 2**32
+def uniform(*key: object) -> float:
+    """A number in [0, 1) that is a function of `key` alone."""
+    return _hash(*key) / 2**64
+
+
+def shuffled(index: int, count: int, *key: object) -> int:
+    """Where `index` comes in a permutation of range(count) that is a function of `key`, without the others.
+
+    A Feistel network of four rounds over the next power of 4, walked until it is back in range (Black and Rogaway 2002,
+    "Ciphers with arbitrary finite domains").
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = 2**half - 1
+    while True:
+        left, right = index >> half, index & mask
+        for turn in range(4):
+            left, right = right, left ^ (_hash(*key, turn, right) & mask)
+        index = left << half | right
+        if index < count:
+            return index
+
+
+def _hash(*key: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest())

@@ -31,8 +31,11 @@ class OpenRow(Generic[S]):
 
 
 class OpenRows(Generic[S]):
-    """Rows that are being filled. An item goes where it leaves the least room. Where it fits in none, a row is closed to
-    make place: the fullest, or the oldest if that has seen MAX_AGE others closed, so that nothing waits for ever."""
+    """Rows that are being filled.
+
+    An item goes where it leaves the least room. Where it fits in none, a row is closed to make place: the fullest, or
+    the oldest if that has seen MAX_AGE others closed, so that nothing waits for ever.
+    """
 
     def __init__(self, length: int) -> None:
         self._length = length
@@ -46,15 +49,15 @@ class OpenRows(Generic[S]):
             best.items.append(item)
             best.used += len(item)
             return None
-        closed = None
-        if len(self.rows) == OPEN_ROWS:
-            oldest = self.rows[0]
-            closed = oldest if oldest.age >= MAX_AGE else max(self.rows, key=lambda row: row.used)
-            self.rows.remove(closed)
-            for row in self.rows:
-                row.age += 1
         self.rows.append(OpenRow([item], len(item)))
-        return closed and closed.items
+        if len(self.rows) <= OPEN_ROWS:
+            return None
+        oldest = self.rows[0]
+        closed = oldest if oldest.age >= MAX_AGE else max(self.rows[:-1], key=lambda row: row.used)
+        self.rows.remove(closed)
+        for row in self.rows[:-1]:
+            row.age += 1
+        return closed.items
 
 
 def to_arrays(row: Sequence[Example], length: int, pad_id: int) -> dict[str, np.ndarray]:

@@ -7,9 +7,9 @@
 | .parquet | a row with the columns of a .jsonl record | row group |
 | .arrayrecord | a record: the JSON of a .jsonl line, or ids if `qwen3-jax tokenize` wrote the file | record |
 
-Paths with a protocol (gs://, ...) go through fsspec. Two formats do not suit every use: rows of Parquet cost a row group
-each unless it is among the last ones read, and remote ArrayRecord files are copied to the cache directory first. Large
-Parquet sources are best tokenised once, and ArrayRecord shards larger than the local disk mounted (gcsfuse).
+Paths with a protocol (gs://, ...) go through fsspec. Two things suit only small sources: a row of Parquet costs its
+row group, unless that is among the last few read, and remote ArrayRecord files are copied to ~/.cache/qwen3-jax first.
+Large Parquet is best tokenised once, and a bucket with more shards than the disk holds mounted (gcsfuse).
 """
 
 from __future__ import annotations

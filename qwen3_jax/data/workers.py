@@ -7,8 +7,10 @@ blur the position.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import signal
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -23,7 +25,7 @@ Rows = list[dict[str, np.ndarray]]
 State = Mapping[str, Any]  # of lanes, by their number
 
 _AHEAD = 4  # steps that a worker reads ahead
-_CHECK_SECONDS = 5.0  # between looks whether the other side is alive
+_CHECK_SECONDS = 5.0  # between looks whether the worker is alive
 
 
 class LaneGroup(Protocol):
@@ -31,6 +33,7 @@ class LaneGroup(Protocol):
 
     def start(self) -> None:
         """Begins to work ahead, where the group does."""
+        ...
 
     def next(self) -> tuple[Rows, State]:
         """The next row of each lane, in order, and the state after them."""
@@ -46,14 +49,18 @@ class LaneGroup(Protocol):
 
     def close(self) -> None:
         """Stops working ahead."""
+        ...
 
 
-class LocalLanes(LaneGroup):
+class LocalLanes:
     """Lanes read when they are asked for."""
 
     def __init__(self, config: DataConfig, lanes: Sequence[int], streams: Sequence[Stream]) -> None:
         pad_id = load_tokenizer(config.tokenizer).pad_id
         self._lanes = {str(lane): Lane(config, streams, lane, pad_id) for lane in lanes}
+
+    def start(self) -> None:
+        pass
 
     def next(self) -> tuple[Rows, State]:
         return [lane.next_row() for lane in self._lanes.values()], self.get_state()
@@ -65,8 +72,11 @@ class LocalLanes(LaneGroup):
         for name, lane in self._lanes.items():
             lane.set_state(state[name])
 
+    def close(self) -> None:
+        pass
 
-class WorkerLanes(LaneGroup):
+
+class WorkerLanes:
     """Lanes read ahead by a process of their own."""
 
     def __init__(self, config: DataConfig, lanes: Sequence[int], streams: Sequence[Stream]) -> None:
@@ -112,30 +122,26 @@ class WorkerLanes(LaneGroup):
             self._process = None
 
 
-def _work(config: DataConfig, lanes: Sequence[int], state: State, rows: Any) -> None:
-    """What a worker process does: puts (rows, state, None) for each step, or (None, state, error) and ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains
-    group = LocalLanes(config, lanes, open_streams(config))
-    error = None
+def _work(config: DataConfig, lanes: Sequence[int], state: State, steps: Any) -> None:
+    """What a worker process does: puts (rows, state, None) for each step, or ([], state, error) and ends."""
+    end_with_parent()
     try:
+        group = LocalLanes(config, lanes, open_streams(config))
         group.set_state(state)
-    except Exception as raised:
-        error = raised
-    while True:
-        item = (None, state, error)
-        if error is None:
-            try:
-                item = (*group.next(), None)
-            except Exception as raised:
-                error = raised
-                continue
         while True:
-            try:
-                rows.put(item, timeout=_CHECK_SECONDS)
-                break
-            except queue.Full:
-                parent = multiprocessing.parent_process()
-                if parent is None or not parent.is_alive():
-                    return
-        if error is not None:
-            return
+            steps.put((*group.next(), None))
+    except Exception as error:
+        steps.put(([], state, error))
+
+
+def end_with_parent() -> None:
+    """Makes a child process leave Ctrl-C to its parent, and end when that does, be it by a kill -9."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
