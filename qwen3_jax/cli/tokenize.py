@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qwen3_jax.cli.config_file import load_config
-from qwen3_jax.data.tokenize import DOCUMENTS_PER_SHARD, Counts, tokenize_source
+from qwen3_jax.data.counts import Counts
+from qwen3_jax.data.tokenize import DOCUMENTS_PER_SHARD, tokenize_source
 from qwen3_jax.train import TrainConfig
 
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_jax.data.config import DataConfig
+from qwen3_jax.data.config import DataConfig, Labels
+from qwen3_jax.data.counts import Counts, Tally
 from qwen3_jax.data.examples import Example
 from qwen3_jax.data.mixture import Drawn, Stream, uniform
 from qwen3_jax.data.packing import OpenRow, OpenRows, to_arrays
@@ -36,7 +37,7 @@ class _Segment:
     source: int
     turn: int
     part: int
-    labels: Mapping[str, str]
+    labels: Labels
 
     def __len__(self) -> int:
         return len(self.example)
@@ -89,7 +90,7 @@ class Lane:
         self._length, self._pad_id = config.sequence_length, pad_id
         self._cursors = [_Cursor(stream, lane, config.batch_size) for stream in streams]
         self._open: OpenRows[_Segment] = OpenRows(self._length)
-        self._consumed = {stream.source.name: _Tally() for stream in streams}
+        self._consumed = {stream.source.name: Tally() for stream in streams}
         self._order = order_of(config, streams)
 
     def next_row(self) -> dict[str, np.ndarray]:
@@ -108,7 +109,8 @@ class Lane:
             cursor.part += 1
             closed = self._open.add(segment)
         for segment in closed:
-            self._consumed[self._cursors[segment.source].stream.source.name].add(segment)
+            name = self._cursors[segment.source].stream.source.name
+            self._consumed[name].add(Counts.of(segment.example, begins=segment.part == 0), segment.labels)
         return to_arrays([segment.example for segment in closed], self._length, self._pad_id)
 
     def get_state(self) -> dict[str, Any]:
@@ -137,7 +139,7 @@ class Lane:
         for age, *numbers in state["open_rows"]:
             items = [self._segment(*numbers[i : i + 3]) for i in range(0, len(numbers), 3)]
             self._open.rows.append(OpenRow(items, sum(map(len, items)), age))
-        self._consumed = {name: _Tally.from_json(tally) for name, tally in state["consumed"].items()}
+        self._consumed = {name: Tally.from_json(tally) for name, tally in state["consumed"].items()}
 
     def _segment(self, source: int, turn: int, part: int) -> _Segment:
         drawn = self._cursors[source].document(turn)
@@ -184,27 +186,3 @@ def _refuse_difference(now: Any, then: Any, where: str) -> None:
     elif now != then:
         now, then = (list(value) if isinstance(value, dict) else value for value in (now, then))
         raise ValueError(f"{where}: {now!r}, but the data position was saved under {then!r}; that fits")
-
-
-@dataclasses.dataclass
-class _Tally:
-    """What a lane's rows held of one source: [documents, tokens, tokens in the loss], in all and for each label."""
-
-    total: list[int] = dataclasses.field(default_factory=lambda: [0, 0, 0])
-    labels: dict[str, dict[str, list[int]]] = dataclasses.field(default_factory=dict)
-
-    def add(self, segment: _Segment) -> None:
-        counts = (int(segment.part == 0), len(segment), int(segment.example.loss_mask_N[1:].sum()))
-        by_label = [self.labels.setdefault(k, {}).setdefault(v, [0, 0, 0]) for k, v in segment.labels.items()]
-        for kept in (self.total, *by_label):
-            kept[:] = [a + b for a, b in zip(kept, counts, strict=True)]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "total": list(self.total),
-            "labels": {k: {v: list(n) for v, n in d.items()} for k, d in self.labels.items()},
-        }
-
-    @classmethod
-    def from_json(cls, state: Mapping[str, Any]) -> _Tally:
-        return cls(list(state["total"]), {k: {v: list(n) for v, n in d.items()} for k, d in state["labels"].items()})

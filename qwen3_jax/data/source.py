@@ -72,7 +72,7 @@ class DocumentSource:
     """
 
     def __init__(self, paths: Sequence[str], field: str = "paths") -> None:
-        names = [file for path in paths for file in _expand(path, field)]
+        names = [file for path in paths for file in expand(path, field)]
         self.manifests: list[manifest.Manifest] = []
         self._files = [self._open(name, field) for name in names]
         self._ends = list(accumulate(len(file) for file in self._files))
@@ -101,7 +101,12 @@ class DocumentSource:
         return self._files[number][index - self._ends[number] + len(self._files[number])]
 
 
-def _expand(path: str, field: str) -> list[str]:
+def expand(path: str, field: str) -> list[str]:
+    """The files of a path or glob, sorted.
+
+    Raises:
+      ValueError: there is none, or one is of no known format.
+    """
     if "://" in path:
         fs, inner = fsspec.core.url_to_fs(path)
         files = sorted(fs.unstrip_protocol(file) for file in fs.glob(inner))

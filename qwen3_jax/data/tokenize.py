@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from qwen3_jax.data import manifest
 from qwen3_jax.data.config import SourceConfig
+from qwen3_jax.data.counts import Counts
 from qwen3_jax.data.examples import Encoded, Encoder
 from qwen3_jax.data.manifest import Manifest
 from qwen3_jax.data.source import DocumentSource
@@ -27,19 +29,6 @@ from qwen3_jax.data.workers import end_with_parent
 from qwen3_jax.tokenizer import fingerprint, load_tokenizer
 
 DOCUMENTS_PER_SHARD = 10_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """Of a shard."""
-
-    documents: int = 0
-    tokens: int = 0
-    loss_tokens: int = 0
-
-    def __add__(self, other: Counts) -> Counts:
-        ours, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
-        return Counts(*(a + b for a, b in zip(ours, theirs, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +85,11 @@ def tokenize_source(
         try:
             for future in concurrent.futures.as_completed(futures):
                 counts[futures[future]] = future.result()
-                progress(sum(counts.values(), Counts()), len(documents))
+                progress(_sum(counts.values()), len(documents))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    total = sum(counts.values(), Counts())
+    total = _sum(counts.values())
     shards = {_shard_name(number): counts[number].documents for number in numbers}
     finished = dataclasses.replace(begun, tokens=total.tokens, loss_tokens=total.loss_tokens, shards=shards)
     _write_whole(directory / manifest.NAME, finished.to_json())
@@ -143,7 +132,7 @@ def _make_shard(number: int) -> Counts:
         for index in indices:
             encoded = _encode(_documents[index])
             writer.write(encoded.to_bytes())
-            counts += _counts_of(encoded)
+            counts = counts.plus(Counts.of(encoded.whole))
         writer.close()
         hidden.replace(path)
     finally:
@@ -157,11 +146,11 @@ def _count(path: Path) -> Counts:
         records = ArrayRecordReader(str(path)).read_all() if path.exists() else []
     except RuntimeError:
         records = []
-    return sum((_counts_of(Encoded.from_bytes(record)) for record in records), Counts())
+    return _sum(Counts.of(Encoded.from_bytes(record).whole) for record in records)
 
 
-def _counts_of(encoded: Encoded) -> Counts:
-    return Counts(1, len(encoded.whole), int(encoded.whole.loss_mask_N[1:].sum()))
+def _sum(counts: Iterable[Counts]) -> Counts:
+    return functools.reduce(Counts.plus, counts, Counts())
 
 
 def _shard_name(number: int) -> str:
