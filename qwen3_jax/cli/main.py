@@ -12,7 +12,7 @@ _COMMANDS = {
     "demo": (demo, "the review's example and accuracy against the thinking budget"),
     "convert": (convert, "Hugging Face checkpoint to Orbax, or back"),
     "pass-at-k": (pass_at_k, "accuracy and pass@k of a file of answers"),
-    "data": (data, "what a run has consumed"),
+    "data": (data, "what a run has consumed; duplicates, and overlap with evaluation sets"),
     "tokenize": (tokenize, "documents of a run to ArrayRecord shards of token ids"),
     "tiny-data": (tiny, "write the data that the model that ships is trained on"),
 }

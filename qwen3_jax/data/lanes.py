@@ -51,7 +51,7 @@ class _Cursor:
         self._lane, self._num_lanes = lane, num_lanes
         self.turn = self.part = 0  # the next example
         self.tokens = 0  # drawn so far
-        self.phase: int | None = None
+        self.phase: float | None = None
         self._held: tuple[int, Drawn] | None = None
 
     @property
@@ -59,7 +59,7 @@ class _Cursor:
         """The lane draws from the source where this is smallest."""
         if self.phase is None:
             spread = (uniform(self.stream.source.name) + self._lane * _GOLDEN) % 1
-            self.phase = int(spread * len(self.peek().examples[self.part]))
+            self.phase = spread * len(self.peek().examples[self.part])
         return (self.tokens + self.phase) / self.stream.source.weight
 
     def document(self, turn: int) -> Drawn:
