@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import functools
+import hashlib
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -177,7 +178,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         # A typed U+2581 would come back as a space; as three bytes it comes back as itself.
-        first, *others = self._processor.encode(text.split(_SPACE))
+        # One by one: given a list, SentencePiece starts threads, which takes longer than a short text.
+        first, *others = (self._processor.encode(part) for part in text.split(_SPACE))
         return first + [i for part in others for i in (*self._space_bytes, *part)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
@@ -239,12 +241,20 @@ def _byte_characters() -> str:
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint directory: its `tokenizer.json`, else its `tokenizer.model`."""
-    directory = Path(directory)
-    if (directory / "tokenizer.json").is_file():
-        return HFTokenizer(directory / "tokenizer.json")
-    if (directory / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(directory / "tokenizer.model")
+    file = _file_of(Path(directory))
+    return HFTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
+
+
+def _file_of(directory: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (directory / name).is_file():
+            return directory / name
     raise ValueError(f"tokenizer: {str(directory)!r} has none; a directory with tokenizer.json or tokenizer.model fits")
+
+
+def fingerprint(directory: str | Path) -> str:
+    """16 hexadecimal digits that differ between tokenizers: a hash of the file that `load_tokenizer` reads."""
+    return hashlib.sha256(_file_of(Path(directory)).read_bytes()).hexdigest()[:16]
 
 
 def train_sentencepiece(

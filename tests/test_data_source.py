@@ -1,12 +1,25 @@
-"""Documents are found by their byte offsets, whatever blank lines, encodings and file ends surround them."""
+"""Documents are found by offset, row or record, whatever blank lines, encodings and file ends surround them."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import fsspec
+import pyarrow as pa
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from pyarrow import parquet
 
 from qwen3_jax.data.source import DocumentSource
+
+RECORDS: list[dict[str, Any]] = [
+    {"text": "é\n\n1", "labels": {"domain": "math"}},
+    {"text": "2"},
+    {"messages": [{"role": "user", "content": "3"}, {"role": "assistant", "content": "4"}]},
+    {"text": "5", "labels": {"domain": "web"}},
+]
 
 
 def test_jsonl_lines_and_their_places(tmp_path: Path) -> None:
@@ -29,6 +42,47 @@ def test_text_blocks_and_their_places(tmp_path: Path) -> None:
     assert [document.place for document in documents] == [f"{path}:2", f"{path}:7", f"{path}:9"]
 
 
+def _write(path: Path) -> None:
+    """RECORDS in the format of the path's suffix; Parquet in row groups of 3 with a column that nobody asked for."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    elif path.suffix == ".parquet":
+        rows = [{"url": "u", **record} for record in RECORDS]
+        parquet.write_table(pa.Table.from_pylist(rows, schema=_schema()), path, row_group_size=3)
+    else:
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for record in RECORDS:
+            writer.write(json.dumps(record).encode())
+        writer.close()
+
+
+def _schema() -> pa.Schema:
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    labels = pa.struct([("domain", pa.string())])
+    return pa.schema([("url", pa.string()), ("text", pa.string()), ("messages", pa.list_(message)), ("labels", labels)])
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "arrayrecord"])
+@pytest.mark.parametrize("remote", [False, True])
+def test_every_format_holds_the_same_records(
+    tmp_path: Path, suffix: str, remote: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Local, and on a file system reached through fsspec as gs:// is."""
+    _write(tmp_path / f"a.{suffix}")
+    path = str(tmp_path / f"a.{suffix}")
+    if remote:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        path = f"memory://{tmp_path.name}/a.{suffix}"
+        fsspec.filesystem("memory").put(str(tmp_path / f"a.{suffix}"), path)
+        source = DocumentSource([path.replace("/a.", "/*.")])
+    else:
+        source = DocumentSource([path])
+    assert len(source) == len(RECORDS)
+    for index in (3, 0, 2, 1):
+        assert json.loads(source[index].content) == RECORDS[index]
+        assert source[index].place.endswith(f"a.{suffix}:{index + 1}")
+
+
 def test_random_access_over_globs_and_files(tmp_path: Path) -> None:
     for name, count in (("b2", 1), ("b1", 3), ("a", 2)):
         (tmp_path / f"{name}.jsonl").write_text("".join(f"{name}-{i}\n" for i in range(count)))
@@ -44,17 +98,21 @@ def test_random_access_over_globs_and_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("other.jsonl", "x\n", r"paths: '.*a\.jsonl' matches no file"),
-        ("a.jsonl", "\n \n", r"paths: '.*a\.jsonl' holds no document"),
+        ("other.jsonl", "x\n", r"sources\.web\.paths: '.*a\.\*' matches no file"),
+        ("a.jsonl", "\n \n", r"sources\.web\.paths: '.*a\.jsonl' holds no document"),
+        ("a.csv", "x", r"sources\.web\.paths: '.*a\.csv' is of no known format; one of \.jsonl, .*\.arrayrecord fits"),
+        ("a.parquet", "x" * 100, r"(?s)sources\.web\.paths: '.*a\.parquet' cannot be read"),
+        ("a.arrayrecord", "x" * 100, r"sources\.web\.paths: '.*a\.arrayrecord'"),
     ],
 )
 def test_files_that_do_not_fit(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        DocumentSource([str(tmp_path / "a.jsonl")])
+    with pytest.raises(ValueError, match=message) as error:
+        DocumentSource([str(tmp_path / "a.*")], "sources.web.paths")
+    assert len(str(error.value).splitlines()) == 1
 
 
-def test_other_file_types_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_text("x")
-    with pytest.raises(ValueError, match=r"paths: '.*a\.parquet' is neither \.jsonl nor \.txt"):
+def test_parquet_without_the_columns_is_refused(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r'a\.parquet\' cannot be read \(no column "text" or "messages"\)'):
         DocumentSource([str(tmp_path / "*")])

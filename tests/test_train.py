@@ -137,7 +137,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fields = {
         "model": {k: v for k, v in dataclasses.asdict(CONFIG).items() if v is not None and k != "mlp_only_layers"},
         "data": {
-            "paths": [str(directory / "data" / "train.jsonl")],
+            "sources": [{"name": "arithmetic", "paths": [str(directory / "data" / "train.jsonl")]}],
             "tokenizer": str(directory / "data"),
             "sequence_length": 64,
             "batch_size": 8,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from qwen3_jax.cli import convert, demo, pass_at_k, tiny
+from qwen3_jax.cli import convert, data, demo, pass_at_k, tiny, tokenize
 from qwen3_jax.cli.errors import exits_cleanly
 
 _COMMANDS = {
     "demo": (demo, "the review's example and accuracy against the thinking budget"),
     "convert": (convert, "Hugging Face checkpoint to Orbax, or back"),
     "pass-at-k": (pass_at_k, "accuracy and pass@k of a file of answers"),
+    "data": (data, "what a run has consumed; duplicates, and overlap with evaluation sets"),
+    "tokenize": (tokenize, "documents of a run to ArrayRecord shards of token ids"),
     "tiny-data": (tiny, "write the data that the model that ships is trained on"),
 }
 

@@ -1,5 +1,7 @@
 """Training data: documents in files to packed batches."""
 
-from qwen3_jax.data.loader import DataConfig, make_loader
+from qwen3_jax.data.catalogue import write_catalogue
+from qwen3_jax.data.config import DataConfig, SourceConfig
+from qwen3_jax.data.loader import make_loader
 
-__all__ = ["DataConfig", "make_loader"]
+__all__ = ["DataConfig", "SourceConfig", "make_loader", "write_catalogue"]

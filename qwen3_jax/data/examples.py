@@ -1,6 +1,6 @@
 """From a document to examples: token ids, and which of them are in the loss.
 
-A `.txt` document is plain text. A line of a `.jsonl` file is an object with one of two keys:
+A `.txt` document is plain text. A record of the other formats is an object with one of two keys:
 
 - `"text"`: plain language modelling. An end-of-text id is appended and every token is in the loss. A text longer than
   T ids is split into chunks of T that overlap in one token, so that every token but the first is a target just once.
@@ -9,72 +9,102 @@ A `.txt` document is plain text. A line of a `.jsonl` file is an object with one
   out of the loss, for text that was injected and not written by the model. A chat longer than T ids keeps its first
   T, which is logged with a running count.
 
-Other keys are ignored.
+`"labels"` may be an object of strings, such as {"domain": "math", "language": "en"}. Other keys are ignored.
 
-N: tokens of one example, T: `sequence_length`.
+N: tokens of a document or an example, T: `sequence_length`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import struct
 from collections.abc import Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
 from qwen3_jax import chat
+from qwen3_jax.data.config import Labels
 from qwen3_jax.data.source import Document
 from qwen3_jax.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
+_HEADER = struct.Struct("<I?")  # number of tokens, is_text
 
-class Encoder(grain.experimental.FlatMapTransform):
-    """Encodes a `Document` into examples {"tokens": [N] int32, "loss_mask": [N] float32}, 1 < N <= T.
 
-    Raises (in `flat_map`):
-      ValueError: `file:line: reason` for a document that is malformed.
-    """
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """Ids of one segment of a row, and 1 for those in the loss."""
 
-    def __init__(self, tokenizer: Tokenizer, sequence_length: int) -> None:
+    tokens_N: np.ndarray  # int32
+    loss_mask_N: np.ndarray  # uint8
+
+    def __len__(self) -> int:
+        return len(self.tokens_N)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A whole document: its ids, those of them in the loss, its labels, and whether it is text or a chat."""
+
+    whole: Example
+    labels: Labels
+    is_text: bool
+
+    def to_bytes(self) -> bytes:
+        """The record of an ArrayRecord shard."""
+        labels = json.dumps(self.labels, ensure_ascii=False).encode() if self.labels else b""
+        tokens = self.whole.tokens_N.astype("<i4").tobytes()
+        return b"".join(
+            (_HEADER.pack(len(self.whole), self.is_text), tokens, np.packbits(self.whole.loss_mask_N).tobytes(), labels)
+        )
+
+    @classmethod
+    def from_bytes(cls, record: bytes) -> Encoded:
+        """The inverse of `to_bytes`."""
+        count, is_text = _HEADER.unpack_from(record)
+        tokens_N = np.frombuffer(record, "<i4", count, _HEADER.size)
+        start = _HEADER.size + 4 * count
+        stop = start + (count + 7) // 8
+        loss_mask_N = np.unpackbits(np.frombuffer(record[start:stop], np.uint8), count=count)
+        return cls(Example(tokens_N, loss_mask_N), json.loads(record[stop:] or b"{}"), is_text)
+
+
+class Encoder:
+    """Encodes documents with one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         _, self._end_of_text = tokenizer.eos_ids
-        self._sequence_length = sequence_length
-        self._num_truncated = 0
 
-    def flat_map(self, document: Document) -> list[dict[str, np.ndarray]]:
+    def __call__(self, document: Document) -> Encoded:
+        """A document with its end, N > 1.
+
+        Raises:
+          ValueError: `file:line: reason` for a document that is malformed.
+        """
+        if document.form == "tokens":
+            return Encoded.from_bytes(document.content)
         try:
             record = _parse(document)
             if "text" in record:
-                return self._encode_text(record["text"])
-            return [self._encode_chat(record, document)]
+                ids_N = [*self._tokenizer.encode(record["text"]), self._end_of_text]
+                return Encoded(_example(ids_N, np.ones(len(ids_N))), record["labels"], is_text=True)
+            return Encoded(self._encode_chat(record), record["labels"], is_text=False)
         except ValueError as error:
             raise ValueError(f"{document.place}: {error}") from error
 
-    def _encode_text(self, text: str) -> list[dict[str, np.ndarray]]:
-        ids_N = [*self._tokenizer.encode(text), self._end_of_text]
-        length = self._sequence_length
-        starts = range(0, len(ids_N) - 1, length - 1)
-        return [_example(chunk, np.ones(len(chunk))) for chunk in (ids_N[start : start + length] for start in starts)]
-
-    def _encode_chat(self, record: dict[str, Any], document: Document) -> dict[str, np.ndarray]:
+    def _encode_chat(self, record: dict[str, Any]) -> Example:
         rendered = chat.render(
             record["messages"], self._tokenizer, tools=record.get("tools"), add_generation_prompt=False
         )
         ids_N, mask_N = rendered.ids, np.array(rendered.loss_mask())
         for text in record.get("no_loss", []):
             mask_N[self._holds(text, ids_N)] = 0
-        length = self._sequence_length
-        if len(ids_N) > length:
-            self._num_truncated += 1
-            if self._num_truncated.bit_count() == 1:  # 1, 2, 4, 8, ...: the log stays short.
-                _log.warning(
-                    "%s: chat of %d tokens truncated to sequence_length %d; %d truncated so far",
-                    *(document.place, len(ids_N), length, self._num_truncated),
-                )
-        return _example(ids_N[:length], mask_N[:length])
+        return _example(ids_N, mask_N)
 
     def _holds(self, text: str, ids_N: Sequence[int]) -> np.ndarray:
         """[N] bool: the token holds a character of an occurrence of `text`."""
@@ -101,20 +131,48 @@ class Encoder(grain.experimental.FlatMapTransform):
         return held_N
 
 
-def _example(ids_N: Sequence[int], mask_N: np.ndarray) -> dict[str, np.ndarray]:
-    return {"tokens": np.array(ids_N, np.int32), "loss_mask": mask_N.astype(np.float32)}
+class Cutter:
+    """Cuts documents into examples of at most T tokens."""
+
+    def __init__(self, sequence_length: int) -> None:
+        self._sequence_length = sequence_length
+        self._num_truncated = 0
+
+    def __call__(self, encoded: Encoded, document: Document) -> list[Example]:
+        """The examples of a document, 1 < N <= T; the `document` itself is for the log."""
+        whole, length = encoded.whole, self._sequence_length
+        starts = range(0, len(whole) - 1, length - 1) if encoded.is_text else range(1)
+        if not encoded.is_text and len(whole) > length:
+            self._num_truncated += 1
+            if self._num_truncated.bit_count() == 1:  # 1, 2, 4, 8, ...: the log stays short.
+                _log.warning(
+                    "%s: chat of %d tokens truncated to sequence_length %d; %d truncated so far",
+                    *(document.place, len(whole), length, self._num_truncated),
+                )
+        return [
+            Example(whole.tokens_N[start : start + length], whole.loss_mask_N[start : start + length])
+            for start in starts
+        ]
+
+
+def _example(ids_N: Sequence[int], mask_N: np.ndarray) -> Example:
+    return Example(np.array(ids_N, np.int32), mask_N.astype(np.uint8))
 
 
 def _parse(document: Document) -> dict[str, Any]:
     """The record of a document, checked as far as rendering does not check it."""
     text = document.content.decode("utf-8")
-    if document.path.endswith(".txt"):
-        return {"text": text.rstrip("\r\n")}
+    if document.form == "text":
+        return {"text": text.rstrip("\r\n"), "labels": {}}
     record = json.loads(text)
     if not isinstance(record, dict) or ("text" in record) == ("messages" in record):
         raise ValueError('not an object with one of the keys "text" and "messages"')
     # An escaped half of a surrogate pair is JSON, but no text; tokenizers fail on it with a TypeError.
     json.dumps(record, ensure_ascii=False).encode("utf-8")
+    labels = record["labels"] if record.get("labels") is not None else {}
+    if not isinstance(labels, dict) or not all(isinstance(value, str | None) for value in labels.values()):
+        raise ValueError(f"labels: {labels!r}; an object of strings fits")
+    record["labels"] = {label: value for label, value in labels.items() if value is not None}
     if "text" in record:
         if not isinstance(record["text"], str) or not record["text"].strip():
             raise ValueError(f"text: {record['text']!r}; a string that is not blank fits")

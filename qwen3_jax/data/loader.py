@@ -1,100 +1,87 @@
-"""The training data pipeline: files -> shuffled documents -> examples -> packed rows -> batches, all Grain's.
+"""The training data pipeline: documents -> examples -> lanes -> batches, with a position that is exact at every step.
 
-Each process reads every `process_count`-th document of the globally shuffled order, so the processes' shares are
-disjoint and together one epoch; each goes on to its next epoch by itself.
+Row r of a batch is lane r (see `qwen3_jax.data.lanes`). A process owns consecutive lanes, and its workers own parts of
+these; who owns a lane changes nothing in it.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import grain
 import jax
+import numpy as np
 
-from qwen3_jax.data.examples import Encoder
-from qwen3_jax.data.packing import add_targets, pack
-from qwen3_jax.data.source import DocumentSource
+from qwen3_jax.data.config import DataConfig
+from qwen3_jax.data.lanes import order_of, refuse_other_order
+from qwen3_jax.data.mixture import Stream, open_streams
+from qwen3_jax.data.packing import add_targets
+from qwen3_jax.data.workers import LaneGroup, LocalLanes, WorkerLanes
 from qwen3_jax.tokenizer import load_tokenizer
 
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What to train on, and in what shape.
-
-    Attributes:
-      paths: files or globs, .jsonl or .txt.
-      tokenizer: directory of the tokenizer.
-      sequence_length: tokens of a packed row.
-      batch_size: rows of a step, over all processes.
-      seed: of the shuffle; epoch e is ordered by seed + e.
-      shuffle: off, documents come in the order of the files in every epoch.
-
-    Raises:
-      ValueError: naming the field, its value and what would fit.
-    """
-
-    paths: tuple[str, ...]
-    tokenizer: str
-    sequence_length: int
-    batch_size: int
-    seed: int = 0
-    shuffle: bool = True
-
-    def __post_init__(self) -> None:
-        if isinstance(self.paths, str) or not self.paths:
-            raise ValueError(f"paths: {self.paths!r}; a list of at least one file or glob fits")
-        object.__setattr__(self, "paths", tuple(self.paths))
-        if self.sequence_length < 2:
-            raise ValueError(f"sequence_length: {self.sequence_length!r}; a number >= 2 fits")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: {self.batch_size!r}; a number >= 1 fits")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed: {self.seed!r}; a number from 0 to 2**32 - 1 fits")
+_AHEAD = 2  # batches made ready while the accelerator works
 
 
 def make_loader(
-    config: DataConfig, *, process_index: int | None = None, process_count: int | None = None
+    config: DataConfig, process_index: int | None = None, process_count: int | None = None
 ) -> grain.DatasetIterator:
-    """An endless iterator over this process's part of the batches.
+    """An endless iterator over this process's rows of the batches.
 
     A batch is a dict of arrays [batch_size / process_count, sequence_length]: `tokens`, `targets`, `segment_ids`,
     `positions` (int32) and `loss_weights` (float32); `qwen3_jax.data.packing.add_targets` says what they hold.
 
-    The iterator's `get_state()` is a small dict fit for JSON; `set_state()` on an iterator of the same config and
-    process goes on with bit-identical batches. Orbax saves it by `grain.checkpoint.CheckpointSave(iterator)`.
+    `get_state()` is a dict fit for JSON with an entry for each lane of this process, after the batch last returned,
+    whatever was read ahead. `set_state()` takes these dicts of all processes joined into one, however many processes
+    there were, and goes on with bit-identical batches.
 
     Args:
-      process_index, process_count: which share to read; by default those of jax.
+      process_index, process_count: whose rows; by default those of jax.
 
     Raises:
       ValueError: for files or a batch size that do not fit; while iterating, `file:line: reason` for a malformed
-        document.
+        document; in `set_state`, naming what is missing or was configured otherwise.
     """
-    process_index = jax.process_index() if process_index is None else process_index
-    process_count = jax.process_count() if process_count is None else process_count
-    if config.batch_size % process_count:
-        raise ValueError(f"batch_size: {config.batch_size}; a multiple of the {process_count} processes fits")
-    source = DocumentSource(config.paths)
-    if len(source) < process_count:
-        raise ValueError(f"paths: {len(source)} documents; at least one for each of {process_count} processes fits")
-    tokenizer = load_tokenizer(config.tokenizer)
+    index = jax.process_index() if process_index is None else process_index
+    count = jax.process_count() if process_count is None else process_count
+    if config.batch_size % count:
+        raise ValueError(f"batch_size: {config.batch_size}; a multiple of the {count} processes fits")
+    rows = config.batch_size // count
+    lanes = range(index * rows, (index + 1) * rows)
+    # The thread keeps the state of each batch beside it.
+    return grain.experimental.ThreadPrefetchDatasetIterator(_Batches(config, lanes, open_streams(config)), _AHEAD)
 
-    documents = grain.MapDataset.source(source)
-    if config.shuffle:
-        documents = documents.shuffle(config.seed)
-    documents = documents[process_index::process_count].repeat()
-    # No reading threads: tokenisation holds the interpreter's lock, and they would only fight for it.
-    stream = documents.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    examples = grain.experimental.FlatMapIterDataset(stream, Encoder(tokenizer, config.sequence_length))
-    rows = pack(
-        examples,
-        sequence_length=config.sequence_length,
-        pad_id=tokenizer.pad_id,
-        shuffle_seed=config.seed if config.shuffle else None,
-    )
-    batches = rows.batch(config.batch_size // process_count).map(
-        functools.partial(add_targets, pad_id=tokenizer.pad_id)
-    )
-    # One thread works ahead while the accelerator does; the state stays that of the batch last returned.
-    return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2))
+
+class _Batches(grain.DatasetIterator):
+    """The batches of some lanes."""
+
+    def __init__(self, config: DataConfig, lanes: Sequence[int], streams: Sequence[Stream]) -> None:
+        super().__init__()
+        self._names = [str(lane) for lane in lanes]
+        self._order = order_of(config, streams)
+        self._pad_id = load_tokenizer(config.tokenizer).pad_id
+        parts = [part.tolist() for part in np.array_split(np.array(lanes), min(config.workers, len(lanes)) or 1)]
+        make = WorkerLanes if config.workers else LocalLanes
+        self._groups: list[LaneGroup] = [make(config, part, streams) for part in parts]
+        self._state = {name: state for group in self._groups for name, state in group.get_state().items()}
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        for group in self._groups:
+            group.start()
+        steps = [group.next() for group in self._groups]
+        self._state = {name: state for _, states in steps for name, state in states.items()}
+        rows = [row for rows, _ in steps for row in rows]
+        return add_targets({name: np.stack([row[name] for row in rows]) for name in rows[0]}, pad_id=self._pad_id)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._state
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        refuse_other_order(self._order, state, self._names)
+        for group in self._groups:
+            group.set_state(state)
+        self._state = {name: state[name] for name in self._names}
+
+    def close(self) -> None:
+        for group in self._groups:
+            group.close()

@@ -1,40 +1,79 @@
 """Packing of examples into rows of fixed length, and the targets of the packed rows.
 
-B: rows of a batch, T: `sequence_length`, N: tokens of one example. Grain's first-fit packer fills `PACKING_BINS` rows
-at a time; its state is the position in the unpacked stream plus the rows already emitted, so restoring repacks at most
-these rows and nothing is stored.
+B: rows of a batch, T: `sequence_length`, N: tokens of one example.
 """
 
 from __future__ import annotations
 
-import grain
+import dataclasses
+from collections.abc import Sequence, Sized
+from typing import Generic, TypeVar
+
 import numpy as np
 
-# More bins leave less padding, but the first batch (also after a restore) waits for all of them.
-PACKING_BINS = 32
+from qwen3_jax.data.examples import Example
+
+# More leave less padding, but the first row waits until all of them are well filled. With documents of 4,096 to 32,768
+# tokens in rows of 32,768, 16 leave 5 % of padding and 8 leave 7 %.
+OPEN_ROWS = 16
+MAX_AGE = 4 * OPEN_ROWS
+
+S = TypeVar("S", bound=Sized)
 
 
-def pack(
-    examples: grain.IterDataset, *, sequence_length: int, pad_id: int, shuffle_seed: int | None
-) -> grain.IterDataset:
-    """Packs examples {"tokens": [N] int32, "loss_mask": [N] float32}, N <= T, into rows.
+@dataclasses.dataclass(eq=False)
+class OpenRow(Generic[S]):
+    """A row that is being filled: its items, their tokens in all, and how many rows were closed in its time."""
 
-    Returns:
-      Rows {"tokens": [T], "loss_mask": [T], "segment_ids": [T] from 1, 0 = padding, "positions": [T] from 0 in each
-      segment}. The rows of one packing buffer come in the order they were filled, or shuffled where a seed is given.
+    items: list[S]
+    used: int
+    age: int = 0
+
+
+class OpenRows(Generic[S]):
+    """Rows that are being filled.
+
+    An item goes where it leaves the least room. Where it fits in none, a row is closed to make place: the fullest, or
+    the oldest if that has seen MAX_AGE others closed, so that nothing waits for ever.
     """
-    packed = grain.experimental.FirstFitPackIterDataset(
-        examples,
-        length_struct={"tokens": sequence_length, "loss_mask": sequence_length},
-        padding_struct={"tokens": pad_id, "loss_mask": 0},
-        # Packed like the others, but spared segment ids and positions of its own, which would equal those of tokens.
-        meta_features=["loss_mask"],
-        num_packing_bins=PACKING_BINS,
-        shuffle_bins=shuffle_seed is not None,
-        seed=shuffle_seed or 0,
-    )
-    names = {"tokens_segment_ids": "segment_ids", "tokens_positions": "positions"}
-    return packed.map(lambda row: {names.get(name, name): value for name, value in row.items()})
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self.rows: list[OpenRow[S]] = []  # oldest first
+
+    def add(self, item: S) -> list[S] | None:
+        """Takes in an item of at most T tokens; returns what is in the row that was closed for it, if any."""
+        fitting = [row for row in self.rows if row.used + len(item) <= self._length]
+        if fitting:
+            best = max(fitting, key=lambda row: row.used)
+            best.items.append(item)
+            best.used += len(item)
+            return None
+        self.rows.append(OpenRow([item], len(item)))
+        if len(self.rows) <= OPEN_ROWS:
+            return None
+        oldest = self.rows[0]
+        closed = oldest if oldest.age >= MAX_AGE else max(self.rows[:-1], key=lambda row: row.used)
+        self.rows.remove(closed)
+        for row in self.rows[:-1]:
+            row.age += 1
+        return closed.items
+
+
+def to_arrays(row: Sequence[Example], length: int, pad_id: int) -> dict[str, np.ndarray]:
+    """{"tokens", "loss_mask", "segment_ids" from 1 and 0 for padding, "positions" from 0 in each segment}, all [T]."""
+    arrays = {name: np.zeros(length, np.int32) for name in ("tokens", "segment_ids", "positions")}
+    arrays["tokens"][:] = pad_id
+    arrays["loss_mask"] = np.zeros(length, np.float32)
+    start = 0
+    for number, example in enumerate(row, start=1):
+        part = slice(start, start + len(example))
+        arrays["tokens"][part] = example.tokens_N
+        arrays["loss_mask"][part] = example.loss_mask_N
+        arrays["segment_ids"][part] = number
+        arrays["positions"][part] = np.arange(len(example))
+        start += len(example)
+    return arrays
 
 
 def add_targets(batch: dict[str, np.ndarray], *, pad_id: int) -> dict[str, np.ndarray]:

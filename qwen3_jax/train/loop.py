@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from qwen3_jax import hf
 from qwen3_jax.checkpoint import Checkpointer
-from qwen3_jax.data import make_loader
+from qwen3_jax.data import make_loader, write_catalogue
 from qwen3_jax.model import Qwen3
 from qwen3_jax.optim import make_optimizer, make_schedule, optimizer_shardings
 from qwen3_jax.tokenizer import TOKENIZER_FILES
@@ -62,6 +62,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
         flops_per_token = train_flops_per_token(config.model, config.data.sequence_length)
         _announce(config, mesh, start, flops_per_token, peak, peak_source, console)
         (output / "config.json").write_text(json.dumps(config.model.to_hf(), indent=2) + "\n", encoding="utf-8")
+        write_catalogue(config.data, output)
         for name in TOKENIZER_FILES:
             if (Path(config.data.tokenizer) / name).is_file():
                 shutil.copyfile(Path(config.data.tokenizer) / name, output / name)

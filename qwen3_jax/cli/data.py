@@ -1,0 +1,111 @@
+"""`qwen3-jax data report RUN`: what a run has consumed. `qwen3-jax data check FILE...`: what not to train on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from qwen3_jax.data.catalogue import Consumption, consumption
+from qwen3_jax.data.duplicates import NGRAM, THRESHOLD, Checker, Finding, write_without
+from qwen3_jax.data.source import DocumentSource
+from qwen3_jax.evaluate.data_report import plot_consumption
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the commands under `data`."""
+    commands = parser.add_subparsers(dest="data_command", required=True)
+    text = "what a run has consumed, by source, licence, language and label"
+    report = commands.add_parser("report", help=text, description=text)
+    report.add_argument("run", type=Path, help="output_dir of a training run that has saved a checkpoint")
+    report.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    report.add_argument("--plot", type=Path, help="PNG of the shares (default: RUN/data.png)")
+    report.set_defaults(run_data=_report)
+    text = "exact and near duplicates, and overlap with evaluation sets"
+    check = commands.add_parser("check", help=text, description=text)
+    check.add_argument("sources", nargs="+", metavar="FILE", help="files or globs of documents")
+    check.add_argument("--eval", nargs="+", default=[], metavar="FILE", help="files or globs of evaluation sets")
+    check.add_argument("--ngram", type=int, default=NGRAM, help="words of an overlap (default: %(default)s)")
+    check.add_argument(
+        "--near", type=float, default=THRESHOLD, help="similarity of near duplicates, 0 is off (default: %(default)s)"
+    )
+    check.add_argument(
+        "--drop", type=Path, metavar="OUT", help="directory to write the files to, without what was found"
+    )
+    check.add_argument("--json", action="store_true", help="print each finding as a line of JSON")
+    check.set_defaults(run_data=_check)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command under `data`."""
+    args.run_data(args)
+
+
+def _report(args: argparse.Namespace) -> None:
+    console = Console(highlight=False)
+    consumed = consumption(args.run)
+    plot = args.plot or args.run / "data.png"
+    plot_consumption(consumed, plot)
+    if args.json:
+        print(json.dumps(consumed.to_json(), indent=2, ensure_ascii=False))
+        return
+    console.print(f"consumed up to step {consumed.step:,}")
+    console.print(_table(consumed))
+    console.print(f"plot: {plot}", markup=False, soft_wrap=True)
+
+
+def _check(args: argparse.Namespace) -> None:
+    checker = Checker(args.eval, args.ngram, args.near)
+    sources = [DocumentSource([path], "sources") for path in args.sources]
+    table = Table("", "documents", "exact", "near", "overlap", box=None)
+    findings: list[Finding] = []
+    with Progress(*Progress.get_default_columns(), console=Console(stderr=True)) as progress:
+        for path, source in zip(args.sources, sources, strict=True):
+            task = progress.add_task(path, total=len(source))
+            kinds: Counter[str] = Counter()
+            for index in range(len(source)):
+                finding = checker.check(source[index])
+                progress.advance(task)
+                if finding is not None:
+                    kinds[finding.kind] += 1
+                    findings.append(finding)
+                    if args.json:
+                        print(json.dumps(finding.to_json(), ensure_ascii=False))
+            table.add_row(
+                path, *(f"{count:,}" for count in (len(source), kinds["exact"], kinds["near"], kinds["overlap"]))
+            )
+    console = Console(highlight=False, stderr=args.json)
+    console.print(table)
+    if checker.num_too_short:
+        console.print(
+            f"{checker.num_too_short:,} evaluation documents are shorter than {args.ngram} words: not looked for"
+        )
+    if args.drop is not None:
+        written = write_without(sources, findings, args.drop)
+        console.print(f"{args.drop}: {written:,} documents", markup=False, soft_wrap=True)
+
+
+def _table(consumed: Consumption) -> Table:
+    table = Table(box=None)
+    for title, side in (("", "left"), ("", "left"), ("tokens", "right"), ("share", "right")):
+        table.add_column(title, justify=side)  # type: ignore[arg-type]
+    for title in ("in the loss", "documents", "epochs"):
+        table.add_column(title, justify="right")
+    for kind, values in consumed.shares.items():
+        total = sum(counts.tokens for counts in values.values())
+        for place, (value, counts) in enumerate(sorted(values.items(), key=lambda item: -item[1].tokens)):
+            table.add_row(
+                "" if place else kind,
+                value,
+                f"{counts.tokens:,}",
+                f"{counts.tokens / max(total, 1):.1%}",
+                f"{counts.loss_tokens:,}",
+                f"{counts.documents:,}",
+                f"{consumed.epochs[value]:.2f}" if kind == "source" else "",
+            )
+    return table

@@ -1,0 +1,66 @@
+"""`qwen3-jax tokenize CONFIG OUT`: the documents of a run, tokenised once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from qwen3_jax.cli.config_file import load_config
+from qwen3_jax.data.counts import Counts
+from qwen3_jax.data.tokenize import DOCUMENTS_PER_SHARD, tokenize_source
+from qwen3_jax.train import TrainConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `tokenize`."""
+    parser.add_argument("config", help="a YAML file of a run, whose data.sources are read")
+    parser.add_argument("out", type=Path, help="where each source gets a directory OUT/NAME of ArrayRecord shards")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--documents-per-shard", type=int, default=DOCUMENTS_PER_SHARD, help="documents (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Tokenises source after source."""
+    for name in ("workers", "documents_per_shard"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: {getattr(args, name)}; a number >= 1 fits")
+    data = load_config(TrainConfig, args.config).data
+    console = Console(highlight=False)
+    columns = (
+        TextColumn("{task.description}"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    for source in data.sources:
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(source.name, total=None, status="reading")
+
+            def report(done: Counts, total: int, progress: Progress = progress, task: int = task) -> None:
+                status = f"{done.tokens:,} tokens"
+                progress.update(task, completed=done.documents, total=total, status=status)  # type: ignore[arg-type]
+
+            made = tokenize_source(
+                source,
+                data.tokenizer,
+                args.out / source.name,
+                workers=args.workers,
+                documents_per_shard=args.documents_per_shard,
+                progress=report,
+            )
+        directory = args.out / source.name
+        console.print(
+            f"{directory}: {made.documents:,} documents, {made.tokens:,} tokens, {made.loss_tokens:,} in the loss, "
+            f"{len(made.shards):,} shards; to train on them: paths: [{directory}/*.arrayrecord]",
+            soft_wrap=True,
+            markup=False,
+        )

@@ -1,0 +1,101 @@
+"""The catalogue of a run's sources, and what the run has consumed of each by the counters in its newest checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qwen3_jax.data import manifest
+from qwen3_jax.data.config import DataConfig
+from qwen3_jax.data.counts import Counts, Tally
+from qwen3_jax.data.source import expand
+
+_NAME = "sources.json"
+_UNKNOWN = "unknown"
+
+
+def write_catalogue(config: DataConfig, directory: Path) -> None:
+    """Writes licence, origin and languages of each source to `sources.json`; what the configuration leaves out is
+    taken from the manifests of tokenised files."""
+    entries = {}
+    for source in config.sources:
+        files = [file for path in source.paths for file in expand(path, f"sources.{source.name}.paths")]
+        folders = {file.rpartition("/")[0]: file for file in files if file.endswith(".arrayrecord")}
+        found = [entry for entry in map(manifest.beside, folders.values()) if entry is not None]
+        entries[source.name] = {
+            "licence": source.licence or _joined(entry.licence for entry in found),
+            "origin": source.origin or _joined(entry.origin for entry in found),
+            "languages": source.languages or sorted({language for entry in found for language in entry.languages}),
+        }
+    (directory / _NAME).write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _joined(values: Iterable[str | None]) -> str | None:
+    return " + ".join(sorted({value for value in values if value})) or None
+
+
+@dataclasses.dataclass(frozen=True)
+class Consumption:
+    """What a run has consumed up to `step`.
+
+    Attributes:
+      epochs: passes over each source that its lanes have drawn.
+      shares: {"source" | "licence" | "language" | a label of the documents: {value: Counts}}. Each kind adds up to the
+        same. Languages are those of the label `language`, else those that the source declares.
+    """
+
+    step: int
+    epochs: dict[str, float]
+    shares: dict[str, dict[str, Counts]]
+
+    def to_json(self) -> dict[str, Any]:
+        shares = {kind: {value: c._asdict() for value, c in values.items()} for kind, values in self.shares.items()}
+        return {"step": self.step, "epochs": self.epochs, "shares": shares}
+
+
+def consumption(run: Path) -> Consumption:
+    """What a run has consumed, by the lanes' counters in its newest checkpoint.
+
+    Raises:
+      ValueError: the directory holds no such run.
+    """
+    if not (run / _NAME).is_file():
+        raise ValueError(f"run: {str(run)!r} holds no {_NAME}; the output_dir of a training run fits")
+    catalogue = json.loads((run / _NAME).read_text(encoding="utf-8"))
+    step, lanes = _newest_lanes(run)
+    tallies = {name: Tally() for name in catalogue}
+    epochs = dict.fromkeys(catalogue, 0.0)
+    for lane in lanes.values():
+        for name in catalogue:
+            tallies[name].merge(Tally.from_json(lane["consumed"][name]))
+            epochs[name] += lane["sources"][name][0] / lane["order"]["sources"][name]["documents"]
+    labels = sorted({label for tally in tallies.values() for label in tally.labels} - {"language"})
+    shares: dict[str, dict[str, Counts]] = {kind: {} for kind in ("source", "licence", "language", *labels)}
+
+    def add(kind: str, value: str, counts: Counts) -> None:
+        shares[kind][value] = shares[kind].get(value, Counts()).plus(counts)
+
+    for name, tally in tallies.items():
+        add("source", name, tally.total)
+        add("licence", catalogue[name]["licence"] or _UNKNOWN, tally.total)
+        for label in ("language", *labels):
+            rest = tally.total
+            for value, counts in tally.labels.get(label, {}).items():
+                add(label, value, counts)
+                rest = rest.minus(counts)
+            if rest.tokens:
+                declared = "+".join(catalogue[name]["languages"]) if label == "language" else ""
+                add(label, declared or _UNKNOWN, rest)
+    return Consumption(step, epochs, shares)
+
+
+def _newest_lanes(run: Path) -> tuple[int, dict[str, Any]]:
+    steps = [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdecimal()]
+    for step in sorted(steps, reverse=True):
+        files = sorted((run / "checkpoints" / str(step) / "data").glob("*.json"))
+        if files:
+            return step, {lane: state for file in files for lane, state in json.loads(file.read_text()).items()}
+    raise ValueError(f"run: {str(run)!r} has no checkpoint; the output_dir of a training run that saved one fits")

@@ -1,0 +1,110 @@
+"""What to train on: sources, their weights, and the shape of the batches."""
+
+from __future__ import annotations
+
+import dataclasses
+
+Labels = dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """Documents of one origin, with what the catalogue says of them.
+
+    Attributes:
+      name: short and unique; it seeds the order of the source's documents.
+      paths: files or globs, local or on a file system that fsspec knows (gs://); .jsonl, .txt, .parquet, .arrayrecord.
+      weight: its share of the tokens is weight / sum of all weights.
+      licence, origin, languages: for the catalogue; what is not said here comes from the manifest of tokenised files.
+      tokens: [min, max], both inclusive; documents of another length, in tokens, are passed over.
+      label_weights: {label: {value: weight}}; relative chances of the source's documents by the labels that their
+        records carry. "*" stands for every other value and for none; without it they have weight 1. The weights of
+        several labels multiply. A document is kept in a share weight / (largest weight) of the passes over the source.
+
+    Raises:
+      ValueError: naming the field, its value and what would fit.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    weight: float = 1.0
+    licence: str | None = None
+    origin: str | None = None
+    languages: tuple[str, ...] = ()
+    tokens: tuple[int, int] | None = None
+    label_weights: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name:
+            raise ValueError(f"sources.name: {self.name!r}; a name without / fits")
+        where = f"sources.{self.name}"
+        for key in ("paths", "languages"):
+            if isinstance(getattr(self, key), str):
+                raise ValueError(f"{where}.{key}: {getattr(self, key)!r}; a list fits")
+            object.__setattr__(self, key, tuple(getattr(self, key)))
+        if not self.paths:
+            raise ValueError(f"{where}.paths: (); a list of at least one file or glob fits")
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"{where}.weight: {self.weight!r}; a number > 0 fits")
+        if self.tokens is not None:
+            least, most = self.tokens
+            if not 2 <= least <= most:
+                raise ValueError(f"{where}.tokens: {[least, most]}; [min, max] with 2 <= min <= max fits")
+            object.__setattr__(self, "tokens", (least, most))
+        for label, weights in self.label_weights.items():
+            for value, weight in weights.items():
+                if not 0 <= weight < float("inf"):
+                    raise ValueError(f"{where}.label_weights.{label}.{value}: {weight!r}; a number >= 0 fits")
+            if max([*weights.values(), 1.0 if "*" not in weights else 0.0]) == 0:
+                raise ValueError(f"{where}.label_weights.{label}: all 0; at least one number > 0 fits")
+
+    def keep(self, labels: Labels) -> float:
+        """In what share of the passes over the source a document with these labels is kept."""
+        share = 1.0
+        for label, weights in self.label_weights.items():
+            other = weights.get("*", 1.0)
+            share *= weights.get(labels.get(label, "*"), other) / max(other, *weights.values())
+        return share
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What to train on, and in what shape.
+
+    Attributes:
+      sources: the mixture.
+      tokenizer: directory of the tokenizer.
+      sequence_length: tokens of a packed row.
+      batch_size: rows of a step, over all processes.
+      seed: of the order of the documents.
+      shuffle: off, documents come in the order of the files in every epoch.
+      workers: processes of each host that read and tokenise; 0 reads in a thread. It changes no batch.
+
+    Raises:
+      ValueError: naming the field, its value and what would fit.
+    """
+
+    sources: tuple[SourceConfig, ...]
+    tokenizer: str
+    sequence_length: int
+    batch_size: int
+    seed: int = 0
+    shuffle: bool = True
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sources", tuple(self.sources))
+        if not self.sources:
+            raise ValueError("sources: (); a list of at least one source fits")
+        names = [source.name for source in self.sources]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"sources.name: {twice[0]!r} occurs twice; a name of its own for each source fits")
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length: {self.sequence_length!r}; a number >= 2 fits")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: {self.batch_size!r}; a number >= 1 fits")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: {self.seed!r}; a number from 0 to 2**32 - 1 fits")
+        if self.workers < 0:
+            raise ValueError(f"workers: {self.workers!r}; a number >= 0 fits")

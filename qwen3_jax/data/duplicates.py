@@ -1,0 +1,212 @@
+"""Documents that occur twice, that nearly do, or that hold a piece of an evaluation set.
+
+Texts are compared in NFKC, in lower case, as words (runs of letters and digits), so that spacing and punctuation make
+no difference.
+
+- Exact: the same words.
+- Near: Jaccard similarity of the sets of five-word shingles at least a threshold, estimated by MinHash and found by
+  locality-sensitive hashing (Broder 1997), with 128 permutations; the threshold is 0.8 as in Lee et al. 2022 (arXiv
+  2107.06499).
+- Overlap: a run of n words that a document of an evaluation set has, too; n = 13 as in Brown et al. 2020 (arXiv
+  2005.14165, appendix C).
+
+Of documents that are alike the first is kept. Memory is that of the signatures, about 2 KiB a document.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from qwen3_jax.data.source import Document, DocumentSource
+
+Kind = Literal["exact", "near", "overlap"]
+
+NGRAM = 13
+THRESHOLD = 0.8
+_SHINGLE = 5
+_PERMUTATIONS = 128
+_WORD = re.compile(r"[^\W_]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """A document that may be left out, why, and what it is like. Of both the content is left out."""
+
+    document: Document
+    kind: Kind
+    like: Document
+
+    def to_json(self) -> dict[str, str]:
+        """By places, for which the files are read up to there."""
+        return {"place": self.document.place, "kind": self.kind, "like": self.like.place}
+
+
+class Checker:
+    """Compares documents, one after the other, with those before and with evaluation sets.
+
+    Args:
+      evaluations: files of evaluation sets, read like sources; of a .jsonl record every string counts.
+      ngram: words of an overlap.
+      threshold: of near duplicates, in (0, 1); 0 does not look for them.
+
+    Raises:
+      ValueError: for a file or a number that does not fit, or where near duplicates need datasketch and it is missing.
+    """
+
+    def __init__(self, evaluations: Sequence[str], ngram: int = NGRAM, threshold: float = THRESHOLD) -> None:
+        if ngram < 1:
+            raise ValueError(f"ngram: {ngram}; a number >= 1 fits")
+        if not 0 <= threshold < 1:
+            raise ValueError(f"near: {threshold}; a number from 0 (off) to below 1 fits")
+        self._ngram = ngram
+        self._seen: dict[bytes, Document] = {}
+        self._find_near = _near_finder(threshold) if threshold else lambda words, document: None
+        self._evaluated: dict[bytes, Document] = {}
+        self.num_too_short = 0  # documents of evaluation sets with fewer than `ngram` words
+        for document in _documents(evaluations):
+            words = _words(" ".join(_strings(document)))
+            self.num_too_short += len(words) < ngram
+            for gram in _grams(words, ngram):
+                self._evaluated.setdefault(gram, _without_content(document))
+
+    def check(self, document: Document) -> Finding | None:
+        """Why the document may be left out, None if it may not; an overlap goes before a duplicate."""
+        words = _words(text_of(document))
+        document = _without_content(document)
+        found = next((self._evaluated[gram] for gram in _grams(words, self._ngram) if gram in self._evaluated), None)
+        if found is not None:
+            return Finding(document, "overlap", found)
+        first = self._seen.setdefault(_digest(words), document)
+        if first is not document:
+            return Finding(document, "exact", first)
+        near = self._find_near(words, document)
+        return None if near is None else Finding(document, "near", near)
+
+
+def text_of(document: Document) -> str:
+    """The text of a document, of a chat the contents of its messages.
+
+    Raises:
+      ValueError: `file:line: reason` for a document without one.
+    """
+    if document.form == "tokens":
+        raise ValueError(f"{document.place}: holds token ids; the documents that they were made of fit")
+    try:
+        if document.form == "text":
+            return document.content.decode("utf-8")
+        record = json.loads(document.content)
+        if "text" in record:
+            return str(record["text"])
+        keys = ("content", "reasoning_content")
+        return "\n".join(message[key] for message in record["messages"] for key in keys if message.get(key))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{document.place}: no document ({error!r})") from None
+
+
+def write_without(sources: Iterable[DocumentSource], findings: Iterable[Finding], directory: Path) -> int:
+    """Writes the documents that are not among the findings as .jsonl files under their files' names; returns how many.
+
+    Raises:
+      ValueError: two files have the same name, or there is one in the directory.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    dropped = {(finding.document.path, finding.document.start) for finding in findings}
+    targets: dict[str, Any] = {}
+    written = 0
+    try:
+        for source in sources:
+            for index in range(len(source)):
+                document = source[index]
+                if document.path not in targets:
+                    target = directory / f"{Path(document.path).stem}.jsonl"
+                    if target.exists():
+                        raise ValueError(
+                            f"drop: {str(target)!r} is there already; an empty directory, and files with "
+                            "names of their own, fit"
+                        )
+                    targets[document.path] = target.open("x", encoding="utf-8")
+                if (document.path, document.start) not in dropped:
+                    targets[document.path].write(_line(document) + "\n")
+                    written += 1
+    finally:
+        for file in targets.values():
+            file.close()
+    return written
+
+
+def _line(document: Document) -> str:
+    if document.form == "text":
+        return json.dumps({"text": document.content.decode("utf-8").rstrip("\r\n")}, ensure_ascii=False)
+    return document.content.decode("utf-8").strip()
+
+
+def _documents(paths: Sequence[str]) -> Iterator[Document]:
+    if paths:
+        source = DocumentSource(paths, "eval")
+        yield from (source[index] for index in range(len(source)))
+
+
+def _without_content(document: Document) -> Document:
+    return dataclasses.replace(document, content=b"")
+
+
+def _near_finder(threshold: float) -> Callable[[Sequence[str], Document], Document | None]:
+    try:
+        from datasketch import MinHash, MinHashLSH
+    except ImportError:
+        raise ValueError(
+            f"near: {threshold}, but datasketch is not installed; `pip install datasketch` or 0 (off) fits"
+        ) from None
+    index = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
+    before: list[tuple[Any, Document]] = []  # the index holds their numbers
+
+    def find(words: Sequence[str], document: Document) -> Document | None:
+        """A document before this one that is alike; else takes this one in."""
+        signature = MinHash(num_perm=_PERMUTATIONS, seed=1)
+        size = min(_SHINGLE, len(words))
+        signature.update_batch([" ".join(words[i : i + size]).encode() for i in range(len(words) - size + 1)])
+        # What shares a bucket need not be alike.
+        for other in sorted(index.query(signature)):
+            if signature.jaccard(before[other][0]) >= threshold:
+                return before[other][1]
+        index.insert(len(before), signature)
+        before.append((signature, document))
+        return None
+
+    return find
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+def _strings(document: Document) -> Iterator[str]:
+    """Every string of a document."""
+    if document.form != "json":
+        yield text_of(document)
+        return
+    try:
+        values = [json.loads(document.content)]
+    except ValueError as error:
+        raise ValueError(f"{document.place}: {error}") from None
+    while values:
+        value = values.pop(0)
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            values = [*(value.values() if isinstance(value, dict) else value), *values]
+
+
+def _grams(words: Sequence[str], size: int) -> Iterator[bytes]:
+    return (_digest(words[i : i + size]) for i in range(len(words) - size + 1))
+
+
+def _digest(words: Sequence[str]) -> bytes:
+    return hashlib.blake2b(" ".join(words).encode(), digest_size=12).digest()
