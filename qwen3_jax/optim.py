@@ -41,8 +41,8 @@ class OptimizerConfig:
     learning_rate: the rate that `initial_ratio` and `final_ratio` are shares of.
     warmup_steps: the rate rises from 0 in a line over these.
     schedule: what follows the warm-up. "cosine" falls over all further steps; "wsd" stays, then falls in a line over
-      the last `decay_steps`. (MiniCPM, which named it, falls exponentially, by halves; the line to a low rate is at
-      least as good by Hägele et al. 2024 and has no further parameter.)
+      the last `decay_steps`, the cooldown of Hägele et al. 2024. (MiniCPM, which named the schedule, falls
+      exponentially, by halves; 10% of the steps are enough for either.)
     initial_ratio: the rate at the end of the warm-up; below 1 where a stage goes on from where another's schedule
       ended.
     final_ratio: the last rate; `initial_ratio` itself keeps the rate constant.
@@ -94,6 +94,18 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         return optax.join_schedules(parts, [config.warmup_steps])
     parts += [optax.constant_schedule(first), optax.linear_schedule(first, last, tail)]
     return optax.join_schedules(parts, [config.warmup_steps, config.warmup_steps + stable])
+
+
+def step_law(weights: float, tokens: float) -> tuple[float, float]:
+    """`(peak learning rate, batch in tokens)` by Step Law (Li et al. 2025, arXiv 2503.04715).
+
+    The law is of AdamW with 2,000 steps of warm-up and a cosine down to a rate of 1e-5.
+
+    Args:
+      weights: of the network without embedding table and head; of a mixture of experts all of them, active or not.
+      tokens: that the run trains on, of all steps together.
+    """
+    return 1.79 * weights**-0.713 * tokens**0.307, 0.58 * tokens**0.571
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

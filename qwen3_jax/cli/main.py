@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from qwen3_jax.cli import convert, demo, pass_at_k, tiny
+from qwen3_jax.cli import convert, demo, pass_at_k, suggest, tiny
 from qwen3_jax.cli.errors import exits_cleanly
 
 _COMMANDS = {
     "demo": (demo, "the review's example and accuracy against the thinking budget"),
     "convert": (convert, "Hugging Face checkpoint to Orbax, or back"),
     "pass-at-k": (pass_at_k, "accuracy and pass@k of a file of answers"),
+    "suggest": (suggest, "learning rate and batch size by a published scaling law"),
     "tiny-data": (tiny, "write the data that the model that ships is trained on"),
 }
 
