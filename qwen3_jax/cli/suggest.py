@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from qwen3_jax.cli.config_file import load_config
 from qwen3_jax.config import ModelConfig
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     steps = math.ceil(tokens / (rows * args.sequence_length))
     outside = _outside("weights", weights, _FITTED_WEIGHTS) + _outside("tokens", tokens, _FITTED_TOKENS)
     if args.json:
-        found = {"params": weights, "tokens": tokens, "learning_rate": rate, "batch_tokens": batch_tokens}
+        found: dict[str, Any] = {"params": weights, "tokens": tokens, "learning_rate": rate, "batch_tokens": batch_tokens}
         found |= {"sequence_length": args.sequence_length, "batch_size": rows, "steps": steps, "outside": outside}
         print(json.dumps(found))
         return
