@@ -39,8 +39,9 @@ def run(args: argparse.Namespace) -> None:
     steps = math.ceil(tokens / (rows * args.sequence_length))
     outside = _outside("weights", weights, _FITTED_WEIGHTS) + _outside("tokens", tokens, _FITTED_TOKENS)
     if args.json:
-        found: dict[str, Any] = {"params": weights, "tokens": tokens, "learning_rate": rate, "batch_tokens": batch_tokens}
-        found |= {"sequence_length": args.sequence_length, "batch_size": rows, "steps": steps, "outside": outside}
+        found: dict[str, Any] = {"params": weights, "tokens": tokens, "outside": outside, "learning_rate": rate}
+        found |= {"batch_tokens": batch_tokens, "sequence_length": args.sequence_length, "batch_size": rows}
+        found |= {"steps": steps}
         print(json.dumps(found))
         return
     print(
