@@ -236,7 +236,7 @@ def test_layer_runs() -> None:
 
 def test_the_mesh_of_eight_cpu_devices_loads_and_divides_the_model_that_ships() -> None:
     mesh = load_config(MeshConfig, presets_dir().parent / "mesh" / "cpu8.yaml")
-    assert mesh.sizes(8) == {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}
+    assert mesh.sizes(8) == {"data": 1, "fsdp": 2, "expert": 2, "context": 1, "tensor": 2}
     model = ModelConfig.preset("qwen3-tiny")
     assert model.num_key_value_heads % mesh.tensor == 0
     assert model.num_experts % mesh.expert == 0
