@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from rich.console import Console
@@ -57,7 +58,8 @@ def run_plan(stages: Mapping[str, TrainConfig], console: Console | None = None) 
 
     Raises: what `train` does.
     """
-    console = console or Console()
+    if console is None:
+        console = Console(quiet=jax.process_index() > 0)
     names = list(stages)
     # A stage begins when the one before has ended: the last one with a checkpoint is where an earlier call was.
     begun = [number for number, name in enumerate(names) if _last_step(stages[name]) is not None]
