@@ -1,44 +1,86 @@
-"""AdamW, its schedules, and what of it is sharded how."""
+"""AdamW and Muon, their schedules, an average of the weights, and what of it all is sharded how."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
+
+# The axes that make each weight the matrix it multiplies by, counted from the end: what is before them (layers,
+# experts) are matrices of their own. The heads of a projection are rows (or, of o_proj, columns) of one matrix, as in
+# Jordan's and Liu's code; no matrix is cut into heads.
+_ROWS_AND_COLUMNS = MuonDimensionNumbers(output_axis=-2, reduction_axis=-1)
+_HEADS_OUT = MuonDimensionNumbers(output_axis=(-3, -2), reduction_axis=-1)
+_HEADS_IN = MuonDimensionNumbers(output_axis=-3, reduction_axis=(-2, -1))
+_MATRICES = {
+    "q_proj": _HEADS_OUT,  # [N, H, D]
+    "k_proj": _HEADS_OUT,  # [K, H, D]
+    "v_proj": _HEADS_OUT,  # [K, H, D]
+    "o_proj": _HEADS_IN,  # [D, N, H]
+    "gate_proj": _ROWS_AND_COLUMNS,  # [F, D]
+    "up_proj": _ROWS_AND_COLUMNS,  # [F, D]
+    "down_proj": _ROWS_AND_COLUMNS,  # [D, F]
+}
+_MUON_MOMENTUM = 0.95  # Jordan et al. 2024, Liu et al. 2025
+_MUON_RMS = 0.2  # of an update; about that of AdamW's (Liu et al. 2025, section 2.2)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter 2019) with linear warm-up and a cosine or warm-up-stable-decay schedule.
+    """What is done with a gradient, and how fast.
 
-    learning_rate: the peak. final_ratio: the last rate as a share of it.
-    decay_steps: length of the final decay of "wsd"; "cosine" decays over all steps after the warm-up.
+    name: "adamw" (Loshchilov and Hutter 2019), or "muon" (Jordan et al. 2024) for the matrices of the layers and AdamW
+      for what is none or is used otherwise: embeddings, head, norm scales, router. Muon's updates are scaled to
+      AdamW's size (Liu et al. 2025), so that one learning rate and one weight decay serve both.
+    learning_rate: the rate that `initial_ratio` and `final_ratio` are shares of.
+    warmup_steps: the rate rises from 0 in a line over these.
+    schedule: what follows the warm-up. "cosine" falls over all further steps; "wsd" stays, then falls in a line over
+      the last `decay_steps`, the cooldown of Hägele et al. 2024. (MiniCPM, which named the schedule, falls
+      exponentially, by halves; 10% of the steps are enough for either.)
+    initial_ratio: the rate at the end of the warm-up; below 1 where a stage goes on from where another's schedule
+      ended.
+    final_ratio: the last rate; `initial_ratio` itself keeps the rate constant.
+    b1, b2, eps: of AdamW. weight_decay: per step, times the rate; norm scales are not decayed, embeddings are.
     clip_norm: the gradient's norm over all weights is cut to this.
+    ema_decay: keeps, beside the weights, their average over about the last 1 / (1 - ema_decay) steps; None keeps none.
     """
 
     learning_rate: float
     warmup_steps: int
+    name: Literal["adamw", "muon"] = "adamw"
     schedule: Literal["cosine", "wsd"] = "cosine"
     decay_steps: int = 0
+    initial_ratio: float = 1.0
     final_ratio: float = 0.1
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
         if self.schedule == "wsd" and self.decay_steps < 1:
             raise ValueError(f"decay_steps: {self.decay_steps}; 'wsd' needs a number >= 1")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps: {self.warmup_steps}; a number >= 0 fits")
+        if not 0 < self.initial_ratio <= 1:
+            raise ValueError(f"initial_ratio: {self.initial_ratio}; a number above 0 and up to 1 fits")
+        if not 0 <= self.final_ratio <= self.initial_ratio:
+            raise ValueError(f"final_ratio: {self.final_ratio}; from 0 to initial_ratio ({self.initial_ratio}) fits")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay: {self.ema_decay}; a number between 0 and 1 fits")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by optimiser step, over `steps` steps."""
-    peak, last = config.learning_rate, config.learning_rate * config.final_ratio
+    first, last = config.learning_rate * config.initial_ratio, config.learning_rate * config.final_ratio
     tail = steps - config.warmup_steps if config.schedule == "cosine" else config.decay_steps
     stable = steps - config.warmup_steps - tail
     if tail < 1 or stable < 0:
@@ -46,40 +88,116 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
             f"steps: {steps} do not hold warmup_steps ({config.warmup_steps}) and a decay ({config.decay_steps}); "
             "more steps fit"
         )
-    parts = [optax.linear_schedule(0.0, peak, config.warmup_steps)]
+    parts = [optax.linear_schedule(0.0, first, config.warmup_steps)]
     if config.schedule == "cosine":
-        parts.append(optax.cosine_decay_schedule(peak, tail, alpha=config.final_ratio))
+        parts.append(optax.cosine_decay_schedule(first, tail, alpha=config.final_ratio / config.initial_ratio))
         return optax.join_schedules(parts, [config.warmup_steps])
-    parts += [optax.constant_schedule(peak), optax.linear_schedule(peak, last, tail)]
+    parts += [optax.constant_schedule(first), optax.linear_schedule(first, last, tail)]
     return optax.join_schedules(parts, [config.warmup_steps, config.warmup_steps + stable])
 
 
+def step_law(weights: float, tokens: float) -> tuple[float, float]:
+    """`(peak learning rate, batch in tokens)` by Step Law (Li et al. 2025, arXiv 2503.04715).
+
+    The law is of AdamW with 2,000 steps of warm-up and a cosine down to a rate of 1e-5.
+
+    Args:
+      weights: of the network without embedding table and head; of a mixture of experts all of them, active or not.
+      tokens: that the run trains on, of all steps together.
+    """
+    return 1.79 * weights**-0.713 * tokens**0.307, 0.58 * tokens**0.571
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW; norm scales are not decayed."""
-
-    def decayed(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in path[-1].key, params)
-
-    return optax.chain(
+    """Clipping, a direction by AdamW or Muon, weight decay, the schedule's rate, and the average if there is one."""
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    if config.name == "adamw":
+        direction = adam
+    else:
+        muon = optax.chain(
+            scale_by_muon(beta=_MUON_MOMENTUM, weight_dimension_numbers=_by_name(_MATRICES.__getitem__)),
+            optax.stateless(_match_adam),
+        )
+        labels = _by_name(lambda name: "muon" if name in _MATRICES else "adam")
+        direction = optax.partition({"muon": muon, "adam": adam}, labels)
+    parts = [
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            make_schedule(config, steps),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decayed,
-        ),
-    )
+        direction,
+        optax.add_decayed_weights(config.weight_decay, mask=_by_name(lambda name: "norm" not in name)),
+        optax.scale_by_learning_rate(make_schedule(config, steps)),
+    ]
+    if config.ema_decay is not None:
+        parts.append(_average(config.ema_decay))
+    return optax.chain(*parts)
+
+
+class EmaState(NamedTuple):
+    """The weights' moving average, shaped as they are."""
+
+    average: Any
+
+
+def ema_params(optimizer_state: Any) -> Any:
+    """The averaged weights in the state of an optimiser with `ema_decay`.
+
+    Raises:
+      ValueError: where the optimiser keeps no average.
+    """
+    nodes = jax.tree.leaves(optimizer_state, is_leaf=lambda node: isinstance(node, EmaState))
+    for node in nodes:
+        if isinstance(node, EmaState):
+            return node.average
+    raise ValueError("ema_decay: None, the optimiser keeps no average of the weights; a number between 0 and 1 fits")
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any, scalar: Any) -> Any:
-    """Shardings of the optimiser's state: each moment lies as its weight does, all else as `scalar`.
+    """Shardings of the optimiser's state: what is shaped as a weight lies as it does, all else as `scalar`.
 
     Args:
       params: the weights, abstract ones do. shardings: theirs.
     """
-    state = jax.eval_shape(optimizer.init, params)
+
+    def lie(leaf: Any, sharding: Any) -> Any:
+        return leaf if isinstance(leaf, optax.MaskedNode) else sharding
+
     return optax.tree_map_params(
-        optimizer, lambda _, sharding: sharding, state, shardings, transform_non_params=lambda _: scalar
+        optimizer,
+        lie,
+        jax.eval_shape(optimizer.init, params),
+        shardings,
+        transform_non_params=lambda _: scalar,
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
+
+
+def _by_name(value: Callable[[str], Any]) -> Callable[[Any], Any]:
+    """A function from a tree of weights to `value` of each one's name."""
+    return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: value(path[-1].key), params)
+
+
+def _match_adam(updates: Any, params: Any) -> Any:
+    """Orthogonal matrices [out, in] to the root mean square of AdamW's updates: times 0.2 sqrt(max(out, in))."""
+    del params
+
+    def scale(path: Any, update: jax.Array) -> jax.Array:
+        sizes = [
+            math.prod(update.shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)))
+            for axes in _MATRICES[path[-1].key]
+        ]
+        return update * (_MUON_RMS * math.sqrt(max(sizes)))
+
+    return jax.tree_util.tree_map_with_path(scale, updates)
+
+
+def _average(decay: float) -> optax.GradientTransformation:
+    """Leaves the updates as they are; last in a chain, it averages the weights that they lead to."""
+
+    def init(params: Any) -> EmaState:
+        # Copied: a train step donates weights and average, which must not be one buffer.
+        return EmaState(jax.tree.map(jnp.copy, params))
+
+    def update(updates: Any, state: EmaState, params: Any = None) -> tuple[Any, EmaState]:
+        new = optax.apply_updates(params, updates)
+        return updates, EmaState(optax.incremental_update(new, state.average, 1 - decay))
+
+    return optax.GradientTransformation(init, update)

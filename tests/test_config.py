@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import pytest
 from transformers import Qwen3Config, Qwen3MoeConfig
 
-from qwen3_jax.cli.config_file import load_config
+from qwen3_jax.cli.config_file import load_config, load_stages
 from qwen3_jax.config import ModelConfig, RopeScaling, presets_dir
 from qwen3_jax.model import Qwen3
+from qwen3_jax.train import TrainConfig, link_stages
 from sharding import MeshConfig
 
 # Published sizes: weights, key-value cache bytes per token in bfloat16.
@@ -235,8 +236,27 @@ def test_layer_runs() -> None:
 
 def test_the_mesh_of_eight_cpu_devices_loads_and_divides_the_model_that_ships() -> None:
     mesh = load_config(MeshConfig, presets_dir().parent / "mesh" / "cpu8.yaml")
-    assert mesh.sizes(8) == {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}
+    assert mesh.sizes(8) == {"data": 1, "fsdp": 2, "expert": 2, "context": 1, "tensor": 2}
     model = ModelConfig.preset("qwen3-tiny")
     assert model.num_key_value_heads % mesh.tensor == 0
     assert model.num_experts % mesh.expert == 0
     assert model.hidden_size % mesh.fsdp == 0
+
+
+CONFIGS = presets_dir().parent
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_file_in_configs_loads(path: Path) -> None:
+    """As a model, a mesh, a plan or a run; what is none of these is a part that another file includes."""
+    if path.parent.name == "model":
+        assert load_config(ModelConfig, path) == ModelConfig.preset(path.stem)
+    elif path.parent.name == "mesh":
+        load_config(MeshConfig, path)
+    elif any(f"!include {path.name}" in other.read_text() for other in path.parent.glob("*.yaml")):
+        assert path.name in ("optimizer.yaml", "stages.yaml")
+    elif stages := load_stages(TrainConfig, path):
+        assert list(link_stages(stages)) == ["s1", "s2", "s3"]
+    else:
+        load_config(TrainConfig, path)

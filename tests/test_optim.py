@@ -1,14 +1,35 @@
-"""The optimiser's schedules and what is decayed."""
+"""The optimisers against plain loops in float64, their schedules, what is decayed, and where their state lies."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
 import pytest
+from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qwen3_jax.optim import OptimizerConfig, make_optimizer, make_schedule, optimizer_shardings
-from sharding import MeshConfig, make_mesh
+from qwen3_jax.config import ModelConfig
+from qwen3_jax.model import Qwen3
+from qwen3_jax.optim import OptimizerConfig, ema_params, make_optimizer, make_schedule, optimizer_shardings
+from sharding import MeshConfig, make_mesh, named_shardings
+
+# Where Muon sees matrices: name -> (shape, that shape as [matrices, out, in]).
+MATRICES = {
+    "q_proj": ((2, 4, 8, 16), (2, 32, 16)),
+    "k_proj": ((2, 2, 8, 16), (2, 16, 16)),
+    "v_proj": ((2, 8, 16), (1, 16, 16)),
+    "o_proj": ((2, 16, 4, 8), (2, 16, 32)),
+    "gate_proj": ((2, 3, 24, 16), (6, 24, 16)),
+    "up_proj": ((24, 16), (1, 24, 16)),
+    "down_proj": ((2, 3, 16, 24), (6, 16, 24)),
+}
 
 
 def test_cosine_warms_up_and_ends_at_the_final_ratio() -> None:
@@ -27,34 +48,151 @@ def test_wsd_stays_at_the_peak_and_then_falls_in_a_line() -> None:
     assert values == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.5, 0.0])
 
 
-def test_norm_scales_are_not_decayed() -> None:
-    """With a zero gradient AdamW moves only what it decays."""
+def test_a_later_stage_goes_on_at_the_rate_where_the_last_one_ended() -> None:
+    """Warm-up to a share of the rate, and a decay from there; equal shares keep it constant."""
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=10, initial_ratio=0.5, final_ratio=0.1)
+    values = [float(make_schedule(config, steps=110)(step)) for step in (0, 5, 10, 60, 110)]
+    assert values == pytest.approx([0.0, 0.5, 1.0, 0.6, 0.2])
+    config = OptimizerConfig(2.0, 0, schedule="wsd", decay_steps=10, initial_ratio=0.5, final_ratio=0.25)
+    values = [float(make_schedule(config, steps=30)(step)) for step in (0, 20, 25, 30)]
+    assert values == pytest.approx([1.0, 1.0, 0.75, 0.5])
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=0, initial_ratio=0.1, final_ratio=0.1)
+    values = [float(make_schedule(config, steps=9)(step)) for step in range(10)]
+    assert values == pytest.approx([0.2] * 10)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_norm_scales_are_not_decayed(name: str) -> None:
+    """With a zero gradient an optimiser moves only what it decays."""
     params = {"layers_0_2": {"mlp": {"up_proj": jnp.ones((2, 3, 4))}, "input_layernorm": jnp.ones((2, 4))}}
+    params["layers_0_2"]["self_attn"] = {"q_norm": jnp.ones((2, 2))}
     params |= {"norm": jnp.ones(4), "embed_tokens": jnp.ones((5, 4))}
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5)
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5, name=name)
     optimizer = make_optimizer(config, steps=10)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     moved = jax.tree.map(lambda u: bool((u != 0).all()), updates)
     assert moved == {
-        "layers_0_2": {"mlp": {"up_proj": True}, "input_layernorm": False},
+        "layers_0_2": {"mlp": {"up_proj": True}, "input_layernorm": False, "self_attn": {"q_norm": False}},
         "norm": False,
         "embed_tokens": True,
     }
 
 
-def test_moments_lie_as_their_weights_do() -> None:
-    mesh = make_mesh(MeshConfig(fsdp=8))
-    params = {
-        "embed_tokens": jax.ShapeDtypeStruct((16, 8), jnp.float32),
-        "norm": jax.ShapeDtypeStruct((8,), jnp.float32),
-    }
-    split, whole = NamedSharding(mesh, PartitionSpec(None, "fsdp")), NamedSharding(mesh, PartitionSpec())
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0, warmup_steps=0), steps=10)
-    shardings = optimizer_shardings(optimizer, params, {"embed_tokens": split, "norm": whole}, whole)
-    found = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)]
-    moments = [leaf for path, leaf in found if "embed_tokens" in path]
-    assert moments == [split, split]
-    assert all(leaf == whole for path, leaf in found if "embed_tokens" not in path)
+def orthogonalised(matrix: np.ndarray) -> np.ndarray:
+    """Five Newton-Schulz steps (Jordan et al. 2024), in float64."""
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+def test_muon_is_the_same_as_a_loop_over_matrices() -> None:
+    """Three steps of Nesterov momentum, each matrix orthogonalised by itself and scaled to 0.2 sqrt(max(out, in)).
+
+    Newton-Schulz multiplies a small singular value by up to 3.4445 ** 5 = 485, and with it float32's rounding of the
+    gradient (6e-8): an error of 3e-5 of a singular value, which is about 1, is to be expected.
+    """
+    rng = np.random.default_rng(0)
+    params = {name: jnp.array(rng.normal(size=shape), jnp.float32) for name, (shape, _) in MATRICES.items()}
+    optimizer = make_optimizer(
+        OptimizerConfig(1.0, 0, name="muon", final_ratio=1.0, weight_decay=0.1, clip_norm=1e9), 9
+    )
+    state = optimizer.init(params)
+    momentum = {name: np.zeros(shape) for name, (shape, _) in MATRICES.items()}
+    for step in range(1, 4):
+        grads = {name: rng.normal(size=shape).astype(np.float32) for name, (shape, _) in MATRICES.items()}
+        updates, state = optimizer.update(jax.tree.map(jnp.array, grads), state, params)
+        for name, (shape, (matrices, rows, columns)) in MATRICES.items():
+            momentum[name] = 0.95 * momentum[name] + 0.05 * grads[name]
+            ahead = 0.95 * momentum[name] / (1 - 0.95 ** (step + 1)) + 0.05 * grads[name] / (1 - 0.95**step)
+            parts = [orthogonalised(part) for part in ahead.reshape(matrices, rows, columns)]
+            scaled = 0.2 * np.sqrt(max(rows, columns)) * np.stack(parts).reshape(shape)
+            expected = -(scaled + 0.1 * np.asarray(params[name], np.float64))
+            np.testing.assert_allclose(updates[name], expected, atol=3e-5, err_msg=name)
+        params = optax.apply_updates(params, updates)
+
+
+def test_muon_leaves_what_is_no_matrix_to_adamw() -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"embed_tokens": (8, 4), "lm_head": (8, 4), "router": (2, 4, 4), "q_norm": (4,), "norm": (4,)}
+    params = {name: jnp.array(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    grads = jax.tree.map(lambda x: x**2, params)
+    updates = {}
+    for name in ("adamw", "muon"):
+        optimizer = make_optimizer(OptimizerConfig(1e-2, 0, name=name), 9)
+        updates[name], _ = optimizer.update(grads, optimizer.init(params), params)
+    chex.assert_trees_all_equal(updates["adamw"], updates["muon"])
+
+
+def test_the_gradient_is_cut_to_the_norm_over_all_weights() -> None:
+    """Seen in the first moment, which after one step is (1 - b1) times the gradient."""
+    params = {"embed_tokens": jnp.ones((3, 4)), "norm": jnp.ones(4)}
+    grads = {"embed_tokens": jnp.full((3, 4), 3.0), "norm": jnp.full(4, 3.0)}
+    for clip, expected in ((6.0, 1.5), (100.0, 3.0)):  # the norm is 12
+        optimizer = make_optimizer(OptimizerConfig(1.0, 0, clip_norm=clip), 9)
+        _, state = optimizer.update(grads, optimizer.init(params), params)
+        for moment in jax.tree.leaves(optax.tree.get(state, "mu")):
+            np.testing.assert_allclose(moment, 0.1 * expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_average_of_the_weights_is_that_of_a_loop(name: str) -> None:
+    params = {"up_proj": jnp.arange(12.0).reshape(3, 4), "norm": jnp.ones(4)}
+    optimizer = make_optimizer(OptimizerConfig(0.1, 0, name=name, ema_decay=0.75), 9)
+    state, average = optimizer.init(params), params
+    for step in range(5):
+        grads = jax.tree.map(lambda x, step=step: jnp.sin(x + step), params)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        average = jax.tree.map(lambda a, x: 0.75 * a + 0.25 * x, average, params)
+    assert float(jnp.abs(average["norm"] - params["norm"]).max()) > 0.01
+    chex.assert_trees_all_close(ema_params(state), average, rtol=1e-6)
+
+
+def test_without_an_average_none_is_kept() -> None:
+    params = {"norm": jnp.ones(4)}
+    with pytest.raises(ValueError, match="ema_decay: None, the optimiser keeps no average"):
+        ema_params(make_optimizer(OptimizerConfig(1.0, 0), 9).init(params))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_on_eight_devices_the_state_lies_as_the_weights_do_and_the_numbers_stay(name: str, tmp_path: Path) -> None:
+    """On a mesh of fsdp, expert and tensor, each moment and the average have the sharding of their weight, stay there
+    through a step, come back from a checkpoint, and the step is that of one device."""
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
+    model = Qwen3(ModelConfig.preset("qwen3-tiny"))
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    shardings, scalar = named_shardings(boxed, mesh), NamedSharding(mesh, PartitionSpec())
+    rng = np.random.default_rng(0)
+    alone = jax.tree.map(lambda x: jnp.array(rng.normal(size=x.shape), jnp.float32), nn.unbox(boxed))
+    params = jax.device_put(alone, shardings)
+    optimizer = make_optimizer(OptimizerConfig(0.1, 0, name=name, ema_decay=0.5), 9)
+    state_shardings = optimizer_shardings(optimizer, params, shardings, scalar)
+    of_path = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)}
+    moments = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state_shardings):
+        weight = next((name for name in of_path if jax.tree_util.keystr(path).endswith(name)), None)
+        assert leaf == (scalar if weight is None else of_path[weight])
+        moments += weight is not None
+    matrices = sum("_proj" in path for path in of_path)
+    assert moments == 3 * len(of_path) - (matrices if name == "muon" else 0)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        return optimizer.update(jax.tree.map(lambda x: jnp.sin(3 * x), params), state, params)
+
+    state = jax.jit(optimizer.init, out_shardings=state_shardings)(params)
+    updates, state = jax.jit(step, out_shardings=(shardings, state_shardings))(params, state)
+    jax.tree.map(lambda x, sharding: chex.assert_equal(x.sharding, sharding), state, state_shardings)
+    expected, expected_state = step(alone, optimizer.init(alone))
+    chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(ema_params(state), ema_params(expected_state), rtol=1e-5, atol=1e-5)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
+    chex.assert_trees_all_equal(restored, state)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +200,9 @@ def test_moments_lie_as_their_weights_do() -> None:
     [
         ({"schedule": "wsd"}, "decay_steps: 0"),
         ({"warmup_steps": -1}, "warmup_steps: -1"),
+        ({"initial_ratio": 0.0}, "initial_ratio: 0.0"),
+        ({"initial_ratio": 0.1, "final_ratio": 0.2}, r"final_ratio: 0.2; from 0 to initial_ratio \(0.1\) fits"),
+        ({"ema_decay": 1.0}, "ema_decay: 1.0"),
     ],
 )
 def test_bad_settings_are_named(fields: dict, message: str) -> None:

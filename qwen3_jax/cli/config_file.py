@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import draccus
 import yaml
@@ -20,17 +21,88 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
     Raises:
       ValueError: one line that names the key, its value and what would fit.
     """
+    return _decode(cls, _read(path), overrides, str(path))
+
+
+def load_stages(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> dict[str, T]:
+    """A `cls` for each of the `stages` of a plan file, in their order; none if the file has no such key.
+
+    A plan is a YAML file of `cls` with one more key: `stages` maps names to what each stage has otherwise, nested as in
+    the file itself. Mappings are merged key by key, all else is replaced. `--section.key value` overrides every stage,
+    `--stage.section.key value` one.
+
+    Raises:
+      ValueError: one line that names stage, key, value and what would fit.
+    """
+    common = _read(path)
+    stages = common.pop("stages", {})
+    if not isinstance(stages, dict) or not all(isinstance(changes, dict) for changes in stages.values()):
+        raise ValueError(f"{path}: stages: {stages!r}; names with what each stage has otherwise fit")
+    return {
+        name: _decode(cls, _merged(common, changes), _of_stage(overrides, name, stages), f"{path}: stages.{name}")
+        for name, changes in stages.items()
+    }
+
+
+def _read(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"config: {str(path)!r} does not exist; a YAML file fits")
+    try:
+        with open(path, encoding="utf-8") as file:
+            raw = draccus.cfgparsing.load_config(file, file=path)
+    except (draccus.utils.DraccusException, OSError) as error:
+        raise ValueError(f"{path}: {_one_line(error.__cause__ or error)}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: {raw!r}; keys with values fit")
+    return raw
+
+
+def _decode(cls: type[T], raw: dict[str, Any], overrides: Sequence[str], where: str) -> T:
     unknown = [word for word in overrides if word.startswith("--") and word[2:].split("=")[0] not in _keys(cls)]
     if unknown:
         key = unknown[0][2:].split("=")[0]
         near = difflib.get_close_matches(key, _keys(cls), n=1)
         raise ValueError(f"--{key}: no such key" + (f"; did you mean --{near[0]}?" if near else ""))
     try:
-        return draccus.parse(cls, config_path=str(path), args=list(overrides), exit_on_error=False)
-    except (draccus.utils.DraccusException, yaml.YAMLError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: {_one_line(error)}") from None
+        return draccus.decode(cls, _merged(raw, _parse_overrides(overrides)))
+    except (draccus.utils.DraccusException, yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {_one_line(error)}") from None
+
+
+def _parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """`--section.key value` and `--section.key=value` to nested mappings."""
+    flat: dict[str, Any] = {}
+    rest = iter(words)
+    for word in rest:
+        key, _, value = word.removeprefix("--").partition("=")
+        if "=" not in word:
+            value = next(rest, "--")
+        if not word.startswith("--") or value.startswith("--"):
+            raise ValueError(f"{word}: --section.key value fits")
+        flat[key] = draccus.cfgparsing.parse_string(value)
+    return draccus.utils.deflatten(flat, sep=".")
+
+
+def _of_stage(words: Sequence[str], name: str, stages: Collection[str]) -> list[str]:
+    """The overrides of stage `name`: those of all stages, and those that begin with its name, without it."""
+    kept: list[str] = []
+    ours = True
+    for word in words:
+        if word.startswith("--"):
+            owner, _, key = word[2:].partition(".")
+            ours = owner not in stages or owner == name
+            word = f"--{key}" if owner in stages else word
+        kept += [word] if ours else []
+    return kept
+
+
+def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`tree` with `changes`, merged where both hold mappings."""
+    merged = dict(tree)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(tree.get(key), dict)
+        merged[key] = _merged(tree[key], value) if both else value
+    return merged
 
 
 def _keys(cls: typing.Any, prefix: str = "") -> list[str]:

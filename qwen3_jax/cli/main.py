@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from qwen3_jax.cli import convert, data, demo, pass_at_k, tiny, tokenize
+from qwen3_jax.cli import convert, data, demo, pass_at_k, suggest, tiny, tokenize
 from qwen3_jax.cli.errors import exits_cleanly
 
 _COMMANDS = {
@@ -14,6 +14,7 @@ _COMMANDS = {
     "pass-at-k": (pass_at_k, "accuracy and pass@k of a file of answers"),
     "data": (data, "what a run has consumed; duplicates, and overlap with evaluation sets"),
     "tokenize": (tokenize, "documents of a run to ArrayRecord shards of token ids"),
+    "suggest": (suggest, "learning rate and batch size by a published scaling law"),
     "tiny-data": (tiny, "write the data that the model that ships is trained on"),
 }
 

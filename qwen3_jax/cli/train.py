@@ -1,19 +1,23 @@
-"""`train.py CONFIG [--section.key value ...]`."""
+"""`train.py CONFIG [--section.key value ...]`: one run, or the stages of a plan."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 
-from qwen3_jax.cli.config_file import load_config
+from qwen3_jax.cli.config_file import load_config, load_stages
 from qwen3_jax.cli.errors import exits_cleanly
-from qwen3_jax.train import TrainConfig, train
+from qwen3_jax.train import TrainConfig, link_stages, run_plan, train
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains as a YAML file says; goes on where an earlier run of the same output_dir stopped."""
+    """Trains as a YAML file says, in one run or in the stages of a plan; goes on where an earlier run of the same
+    output_dir stopped."""
     parser = argparse.ArgumentParser(prog="train.py", description=main.__doc__)
     parser.add_argument("config", help="a YAML file of configs/, read into qwen3_jax.train.TrainConfig")
     args, overrides = parser.parse_known_args(argv)
-    train(load_config(TrainConfig, args.config, overrides))
+    if stages := load_stages(TrainConfig, args.config, overrides):
+        run_plan(link_stages(stages))
+    else:
+        train(load_config(TrainConfig, args.config, overrides))

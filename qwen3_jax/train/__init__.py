@@ -2,5 +2,6 @@
 
 from qwen3_jax.train.config import ComputeConfig, TrainConfig
 from qwen3_jax.train.loop import train
+from qwen3_jax.train.plan import link_stages, run_plan
 
-__all__ = ["ComputeConfig", "TrainConfig", "train"]
+__all__ = ["ComputeConfig", "TrainConfig", "link_stages", "run_plan", "train"]

@@ -1,0 +1,77 @@
+"""Stages of training, one after the other, as one run that can be cut anywhere (report, section 3.2).
+
+A stage begins with the weights that the last one ended with, at its own place in its own data, and with a fresh
+optimiser: the two moments of AdamW remember some 1 / (1 - b2) = 20 steps, fewer than a stage's warm-up, and their
+averages are of gradients of another mixture or length. Its learning rate goes on where the last one's ended if its
+`initial_ratio` says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from rich.console import Console
+
+from qwen3_jax.train.config import TrainConfig
+from qwen3_jax.train.loop import train
+
+# What of the network a stage may change: no weight has another shape or meaning by it.
+_FREE = ("rope_theta", "rope_scaling", "max_position_embeddings", "router_aux_loss_coef")
+
+
+def link_stages(stages: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
+    """The stages as runs: each in a directory of its name in the plan's `output_dir`, from the weights of the last.
+
+    The plan's own `init_from` is where the first one starts.
+
+    Raises:
+      ValueError: naming stage and key, for stages that are not of one network, directory and start.
+    """
+    linked: dict[str, TrainConfig] = {}
+    first = next(iter(stages.values()))
+    weights = first.init_from
+    for name, config in stages.items():
+        for key in ("output_dir", "init_from"):
+            if getattr(config, key) != getattr(first, key):
+                raise ValueError(f"stages.{name}.{key}: {getattr(config, key)!r}; the plan's, set outside stages, fits")
+        for field in dataclasses.fields(config.model):
+            value, fits = getattr(config.model, field.name), getattr(first.model, field.name)
+            if value != fits and field.name not in _FREE:
+                raise ValueError(
+                    f"stages.{name}.model.{field.name}: {value!r}; that of the first stage, {fits!r}, fits"
+                )
+        linked[name] = dataclasses.replace(config, output_dir=str(Path(config.output_dir) / name), init_from=weights)
+        weights = linked[name].output_dir
+    return linked
+
+
+def run_plan(stages: Mapping[str, TrainConfig], console: Console | None = None) -> None:
+    """Trains the stages in their order, each to its last step; goes on where an earlier call was cut.
+
+    Args:
+      stages: as `link_stages` makes them.
+
+    Raises: what `train` does.
+    """
+    if console is None:
+        console = Console(quiet=jax.process_index() > 0)
+    names = list(stages)
+    # A stage begins when the one before has ended: the last one with a checkpoint is where an earlier call was.
+    begun = [number for number, name in enumerate(names) if _last_step(stages[name]) is not None]
+    for number in range(max(begun, default=0), len(names)):
+        config = stages[names[number]]
+        console.print(f"stage    {names[number]}, {number + 1} of {len(names)}: {', '.join(names)}", highlight=False)
+        train(config, console)
+        if (_last_step(config) or 0) < config.steps:
+            return  # asked to stop
+
+
+def _last_step(config: TrainConfig) -> int | None:
+    """The step of a run's newest checkpoint, None if it has none."""
+    directory = epath.Path(config.output_dir) / "checkpoints"
+    return max(ocp.utils.checkpoint_steps(directory), default=None) if directory.exists() else None
