@@ -47,7 +47,7 @@ class Checkpointer:
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep)]
         if keep_every is not None:
             policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
@@ -144,7 +144,7 @@ class Checkpointer:
         names = sorted(str(file.relative_to(path)) for file in files)
         with ThreadPoolExecutor() as pool:
             digests = dict(zip(names, pool.map(lambda name: _digest(path / name), names), strict=True))
-        (path / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n")
+        (path / DIGESTS).write_text(json.dumps(digests, indent=1))
 
 
 def find_whole(directory: str | Path | epath.Path, announce: Callable[[str], None]) -> epath.Path | None:
@@ -218,6 +218,11 @@ def _set_aside(path: epath.Path) -> None:
 def _barrier(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        return False  # the run asks itself; Orbax would ask again in the background, with a step long gone
 
 
 class _PartsHandler(ocp.CheckpointHandler):

@@ -48,7 +48,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
     with (
         jax.set_mesh(mesh),
         Checkpointer(output / CHECKPOINTS, config.keep, config.keep_every) as checkpointer,
-        StopSignal() as stop,
+        StopSignal(lambda text: console.print(text, soft_wrap=True)) as stop,
     ):
         run = _Run(config, mesh, checkpointer, stop, console)
         reason = run.steps()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from types import FrameType, TracebackType
+import socket
+import threading
+from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -18,7 +21,8 @@ class StopSignal:
     catches SIGTERM itself, agrees on it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, announce: Callable[[str], None]) -> None:
+        self._announce = announce
         self._name: str | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -29,8 +33,14 @@ class StopSignal:
         return (self._name or "SIGTERM") if multihost_utils.reached_preemption_sync_point(step) else None
 
     def __enter__(self) -> StopSignal:
+        # Python's own handlers run when the main thread comes back from XLA, which may be never. The byte that tells
+        # of a signal is written at once, and a thread reads it.
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno())
         caught = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
-        self._before = {number: signal.signal(number, self._catch) for number in caught}
+        self._before = {number: signal.signal(number, lambda *_: None) for number in caught}
+        threading.Thread(target=self._listen, daemon=True).start()
         return self
 
     def __exit__(
@@ -38,11 +48,17 @@ class StopSignal:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        self._writer.close()
 
-    def _catch(self, number: int, frame: FrameType | None) -> None:
-        if self._name is not None and number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self._name = signal.Signals(number).name
-        if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)  # the way to tell the other processes
+    def _listen(self) -> None:
+        with self._reader:
+            while byte := self._reader.recv(1):
+                if byte[0] not in self._before:
+                    continue
+                if self._name is not None and byte[0] == signal.SIGINT:
+                    os._exit(128 + signal.SIGINT)
+                self._name = signal.Signals(byte[0]).name
+                self._announce(f"{self._name}: stopping after this step; Ctrl-C ends the run at once")
+                if jax.process_count() > 1:
+                    os.kill(os.getpid(), signal.SIGTERM)  # the way to tell the other processes
