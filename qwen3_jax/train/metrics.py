@@ -38,17 +38,17 @@ class MetricsLog:
         Raises:
           OSError: naming the file.
         """
+        metrics = _finite(metrics)
         try:
-            self._file.write(json.dumps({"step": step, **_finite(metrics)}, allow_nan=False) + "\n")
+            self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
             raise OSError(f"metrics of step {step}: {str(self._path)!r}: {error.strerror}") from None
         for name, value in metrics.items():
-            if isinstance(value, list):
-                for layer, part in enumerate(value):
-                    self._writer.add_scalar(f"{name}/{layer}", part, step)
-            else:
-                self._writer.add_scalar(name, value, step)
+            parts = {f"{name}/{layer}": part for layer, part in enumerate(value)} if isinstance(value, list) else {}
+            for label, part in (parts or {name: value}).items():
+                if part is not None:
+                    self._writer.add_scalar(label, part, step)
 
     def close(self) -> None:
         """Flushes both."""
