@@ -138,12 +138,14 @@ def test_a_disk_that_fills_up_is_named_and_nothing_half_written_counts(small_dis
     """Two checkpoints fit on it. The third is refused by the save after it at the latest, and with the room that a
     deleted file gives, the run goes on."""
     many, moment = weights(rows=3000), {"moment": jnp.zeros(1)}
-    with (
-        pytest.raises(OSError, match=rf"^checkpoint (\d+): '{small_disk}': No space left on device; nothing of it"),
-        Checkpointer(small_disk, keep=10) as checkpointer,
-    ):
-        for step in range(1, 8):
-            checkpointer.save(step, many, moment, {}, {})
+
+    def fill() -> None:
+        with Checkpointer(small_disk, keep=10) as checkpointer:
+            for step in range(1, 8):
+                checkpointer.save(step, many, moment, {}, {})
+
+    with pytest.raises(OSError, match=rf"^checkpoint (\d+): '{small_disk}': No space left on device; nothing of it"):
+        fill()
     found = find_whole(small_disk, pytest.fail)
     assert found is not None
     newest = int(found.name)

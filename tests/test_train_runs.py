@@ -333,9 +333,10 @@ def test_several_processes_train_the_same_numbers_as_one(folder: Path, count: in
     output = f"many{count}"
     first, *others = [finish(process) for process in start_many(folder, output, count, *SHORT)]
     assert "trained to step 12" in first
-    assert others == [""] * (count - 1)
+    assert not any("step" in other for other in others)
     many = lines_of(folder / output)
     assert len(many) == 12
+    print(f"{count} processes: {'the same to the bit' if many == one else 'not the same to the bit'}")
     np.testing.assert_allclose(losses(many), losses(one), rtol=1e-6)
     assert len(list((folder / output / "checkpoints" / "12" / "data").glob("process_*.json"))) == count
     forget(folder / output, 6)

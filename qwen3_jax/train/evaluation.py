@@ -21,7 +21,7 @@ class HeldOut:
         self._first = feed.get_state()
 
         def sums(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            out = model.apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"])
+            out: Any = model.apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"])
             nll_BT = cross_entropy(out.logits, batch["targets"])
             return (nll_BT * batch["loss_weights"]).sum(), batch["loss_weights"].sum()
 

@@ -41,7 +41,8 @@ class Feed:
         self._loader.set_state(state)
 
     def _put(self, rows: np.ndarray[Any, Any]) -> jax.Array:
-        def share(place: tuple[slice, ...]) -> np.ndarray[Any, Any]:
+        def share(place: tuple[slice, ...] | None) -> np.ndarray[Any, Any]:
+            assert place is not None  # it is for devices of other processes
             start, stop, _ = place[0].indices(self._shape[0])
             return rows[start - self._first : stop - self._first, place[1]]
 

@@ -93,6 +93,7 @@ class _Run:
         # Metrics must be whole on every process; the state stays where it lies.
         lies = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         self.step_fn = jax.jit(step, donate_argnums=0, out_shardings=(lies, NamedSharding(mesh, PartitionSpec())))
+        self.compiled: jax.stages.Compiled | None = None
         self.pending: tuple[int, Metrics, Batch] | None = None
         self.failure: str | None = None
 
@@ -119,14 +120,15 @@ class _Run:
             jax.profiler.start_trace(str(Path(self.config.output_dir) / "profile"))
         began = time.perf_counter()
         batch = next(self.feed)
-        busy = self.pending is not None and not self.pending[1]["loss"].is_ready()
+        loss: Any = self.pending[1]["loss"] if self.pending is not None else None
+        busy = loss is not None and not loss.is_ready()
         self.ledger.book("step" if busy else "data", time.perf_counter() - began)
-        if isinstance(self.step_fn, jax.stages.Wrapped):
+        if self.compiled is None:
             with self.ledger.phase("compile"):
-                self.step_fn = self.step_fn.lower(self.state, batch).compile()
+                self.compiled = self.step_fn.lower(self.state, batch).compile()
             self.report.restart_clock()
         with self.ledger.phase("step"):
-            self.state, metrics = self.step_fn(self.state, batch)
+            self.state, metrics = self.compiled(self.state, batch)
             self._report_pending()
             self.step += 1
             self.pending = (self.step, metrics, batch)
