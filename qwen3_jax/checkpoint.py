@@ -158,7 +158,7 @@ def find_whole(directory: str | Path | epath.Path, announce: Callable[[str], Non
     Raises:
       ValueError: there are checkpoints, and every one is damaged.
     """
-    directory = epath.Path(directory)
+    directory = epath.Path(directory).absolute()
     steps = ocp.utils.checkpoint_steps(directory) if directory.exists() else []
     problems = []
     for step in sorted(steps, reverse=True):
