@@ -2,7 +2,8 @@
 
 `python benchmarks/moe_groups.py drops` counts dropped choices: of the model that ships on data of its own kind, and of
 routers made uneven on purpose. `python benchmarks/moe_groups.py time --factor 1.25` times the train step of a small
-mixture of experts (8 layers, hidden 512, 32 experts of 256, top 8, batch 4 x 256, float32) for each group size, in turns.
+mixture of experts (8 layers, hidden 512, 32 experts of 256, top 8, batch 4 x 256, float32) for each group size, in
+turns.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def shipped_drops(batches: int = 8) -> Callable[[int, float], float]:
 
     def rate(group_size: int, factor: float) -> float:
         model = Qwen3(config, capacity_factor=factor, group_size=group_size)
-        forward = jax.jit(lambda b: model.apply({"params": params}, b["tokens"], b["positions"], b["segment_ids"]).router)
+        forward = jax.jit(
+            lambda b: model.apply({"params": params}, b["tokens"], b["positions"], b["segment_ids"]).router
+        )
         stats = [forward(batch) for batch in data]
         return float(sum(s.dropped_B.sum() for s in stats) / sum(s.counts_BE.sum() for s in stats))
 

@@ -7,7 +7,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import grain
 import jax
 import jax.numpy as jnp
 import pytest
@@ -57,11 +56,10 @@ def test_the_newest_step_of_a_training_run(tmp_path: Path, capsys: pytest.Captur
     hf.save_checkpoint(source, MOE, torch_params(MOE, torch_model(MOE)))
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
     params = hf.load_checkpoint(source, mesh=mesh, stacked=True)[1]
-    checkpointer = Checkpointer(run_dir / "checkpoints", keep=2)
-    data = iter(grain.MapDataset.range(3).to_iter_dataset())
-    for step, scale in ((8, 3), (9, 2), (10, 1)):
-        checkpointer.save(step, jax.tree.map(lambda x, scale=scale: x * scale, params), {"count": jnp.zeros(())}, data)
-    checkpointer.close()
+    with Checkpointer(run_dir / "checkpoints", keep=2) as checkpointer:
+        for step, scale in ((8, 3), (9, 2), (10, 1)):
+            scaled = jax.tree.map(lambda x, scale=scale: x * scale, params)
+            checkpointer.save(step, scaled, {"count": jnp.zeros(())}, {}, {})
     (run_dir / "checkpoints" / "11.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
     (run_dir / "config.json").write_text(json.dumps(MOE.to_hf()))
     (run_dir / "tokenizer.json").write_text("{}")

@@ -154,23 +154,39 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run_train(path: Path, *overrides: str, devices: int = 1) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Programs that an earlier run compiled."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def run_train(path: Path, cache: Path, *overrides: str, devices: int = 1) -> subprocess.CompletedProcess[str]:
+    env = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     command = [sys.executable, str(ROOT / "train.py"), str(path), *overrides]
     return subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
 def metrics_of(directory: Path) -> list[dict[str, Any]]:
+    """The series without what depends on the clock."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        del line["tokens_per_second"], line["mfu"]
-    return lines
+    return [
+        {name: v for name, v in line.items() if name not in ("tokens_per_second", "mfu") and "time/" not in name}
+        for line in lines
+    ]
 
 
-def test_train_py_runs_resumes_exactly_and_is_the_same_on_eight_devices(run_file: Path, tmp_path: Path) -> None:
+def test_train_py_runs_resumes_exactly_and_is_the_same_on_eight_devices(
+    run_file: Path, cache: Path, tmp_path: Path
+) -> None:
     """A run cut after its third step goes on to bit-identical numbers; eight devices give the same up to rounding."""
     whole, cut, eight = tmp_path / "whole", tmp_path / "cut", tmp_path / "eight"
-    done = run_train(run_file, "--output_dir", str(whole))
+    done = run_train(run_file, cache, "--output_dir", str(whole))
     assert done.returncode == 0, done.stderr
     assert "trained to step 6" in done.stdout
     series = metrics_of(whole)
@@ -179,12 +195,12 @@ def test_train_py_runs_resumes_exactly_and_is_the_same_on_eight_devices(run_file
 
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "checkpoints" / "6")
-    resumed = run_train(run_file, "--output_dir", str(cut))
+    resumed = run_train(run_file, cache, "--output_dir", str(cut))
     assert resumed.returncode == 0, resumed.stderr
     assert "from step 3" in " ".join(resumed.stdout.split())
     assert metrics_of(cut) == series
 
-    spread = run_train(run_file, "--output_dir", str(eight), "--mesh.fsdp", "2", "--mesh.expert", "4", devices=8)
+    spread = run_train(run_file, cache, "--output_dir", str(eight), "--mesh.fsdp", "2", "--mesh.expert", "4", devices=8)
     assert spread.returncode == 0, spread.stderr
     for one, many in zip(series, metrics_of(eight), strict=True):
         assert many["loss"] == pytest.approx(one["loss"], rel=1e-4)
@@ -207,18 +223,10 @@ def test_train_py_runs_resumes_exactly_and_is_the_same_on_eight_devices(run_file
         ),
     ],
 )
-def test_bad_configuration_is_one_line_and_exit_code_2(run_file: Path, overrides: list[str], message: str) -> None:
-    done = run_train(run_file, *overrides)
+def test_bad_configuration_is_one_line_and_exit_code_2(
+    run_file: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    done = run_train(run_file, tmp_path, *overrides)
     assert done.returncode == 2
     assert message in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.strip()]) == 1
-
-
-def test_a_step_that_is_not_finite_stops_the_run_and_is_named(run_file: Path, tmp_path: Path) -> None:
-    done = run_train(
-        run_file, "--output_dir", str(tmp_path), "--optimizer.learning_rate", "1e38", "--optimizer.warmup_steps", "1"
-    )
-    assert done.returncode == 2
-    assert "is nan" in done.stderr
-    assert "error: step " in done.stderr
-    assert not (tmp_path / "checkpoints" / "6").exists()

@@ -15,11 +15,9 @@ from rich.console import Console
 from rich.progress import track
 
 from qwen3_jax import hf
+from qwen3_jax.checkpoint import CHECKPOINTS, PARAMS, find_whole
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.tokenizer import TOKENIZER_FILES
-
-PARAMS = "params"
-CHECKPOINTS = "checkpoints"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,11 +77,11 @@ def _find_orbax(source: Path, console: Console) -> Path | None:
         return source / PARAMS
     if not (source / CHECKPOINTS).is_dir():
         return None
-    newest = ocp.path.step.latest_step_metadata(source / CHECKPOINTS, ocp.path.step.standard_name_format())
+    newest = find_whole(source / CHECKPOINTS, console.print)
     if newest is None:
         raise ValueError(f"source: {str(source / CHECKPOINTS)!r} holds no step; a run that has saved one fits")
-    console.print(f"{source}: step {newest.step}", soft_wrap=True, highlight=False)
-    return Path(newest.path) / PARAMS
+    console.print(f"{source}: step {newest.name}", soft_wrap=True, highlight=False)
+    return Path(newest) / PARAMS
 
 
 def _load_orbax(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from qwen3_jax.cli.config_file import load_config, load_stages
 from qwen3_jax.cli.errors import exits_cleanly
 from qwen3_jax.train import TrainConfig, link_stages, run_plan, train
+from sharding import start_processes
 
 
 @exits_cleanly
@@ -17,7 +18,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="train.py", description=main.__doc__)
     parser.add_argument("config", help="a YAML file of configs/, read into qwen3_jax.train.TrainConfig")
     args, overrides = parser.parse_known_args(argv)
-    if stages := load_stages(TrainConfig, args.config, overrides):
+    stages = load_stages(TrainConfig, args.config, overrides)
+    config = None if stages else load_config(TrainConfig, args.config, overrides)
+    start_processes()
+    if config is None:
         run_plan(link_stages(stages))
     else:
-        train(load_config(TrainConfig, args.config, overrides))
+        train(config)

@@ -118,7 +118,8 @@ def splash_attention(
 ) -> jax.Array:
     """By JAX's block-sparse flash kernel for TPUs."""
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BTNH * q_BTNH.shape[-1] ** -0.5, k_BSKH, v_BSKH))
-    return jax.vmap(kernel)(q, k, v, splash.SegmentIds(queries_BT, keys_BS)).transpose(0, 2, 1, 3)
+    out_BNTH: Any = jax.vmap(kernel)(q, k, v, splash.SegmentIds(queries_BT, keys_BS))
+    return out_BNTH.transpose(0, 2, 1, 3)
 
 
 def _cudnn_attention(

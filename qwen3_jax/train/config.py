@@ -29,9 +29,15 @@ class TrainConfig:
 
     output_dir: checkpoints, metrics and event files go here; a run that finds its checkpoints there goes on.
     steps: optimiser steps. accumulation: micro-batches a step's batch is cut into.
-    init_from: Hugging Face checkpoint directory to start from; None starts from random weights.
-    checkpoint_every: steps between checkpoints; the last step is always saved. keep: how many stay.
-    log_every: steps between lines of metrics.
+    init_from: a Hugging Face checkpoint's directory, or another run's output_dir, whose newest whole checkpoint's
+      weights are taken; the optimiser and the data begin anew. None starts from random weights.
+    checkpoint_every: steps between checkpoints; the last step is always saved. keep: how many of the newest stay.
+    keep_every: checkpoints of every so many steps stay for good.
+    log_every: steps between lines of metrics. heat_map_every: steps between pictures of the experts' load.
+    max_bad_steps: a step whose loss or gradient is not finite is skipped; so many in a row end the run.
+    spike_factor: a step whose loss is so many times the usual one is skipped too.
+    eval_data: held-out data; every `eval_every` steps the mean loss over its first `eval_batches` batches is logged.
+    profile: first and last step of a profiler trace, written to output_dir/profile.
     """
 
     model: ModelConfig
@@ -47,12 +53,26 @@ class TrainConfig:
     init_from: str | None = None
     checkpoint_every: int = 1000
     keep: int = 3
+    keep_every: int | None = None
     log_every: int = 10
+    heat_map_every: int = 500
+    max_bad_steps: int = 5
+    spike_factor: float | None = None
+    eval_data: DataConfig | None = None
+    eval_every: int = 500
+    eval_batches: int = 8
+    profile: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulation", "checkpoint_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)!r}; a number >= 1 fits")
+        positive = "steps accumulation checkpoint_every keep keep_every log_every heat_map_every max_bad_steps"
+        for name in (*positive.split(), "eval_every", "eval_batches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value!r}; a number >= 1 fits")
+        if self.spike_factor is not None and self.spike_factor <= 1:
+            raise ValueError(f"spike_factor: {self.spike_factor!r}; a number > 1 fits")
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"profile: {self.profile!r}; a first and a last step, from 1, fit")
         if self.data.batch_size % self.accumulation:
             raise ValueError(
                 f"accumulation: {self.accumulation} does not divide data.batch_size ({self.data.batch_size}); "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
@@ -17,19 +15,8 @@ def heat_map(load_LE: np.ndarray, title: str) -> np.ndarray:
     """A picture [height, width, 3] uint8 of each routed layer's (rows, the first on top) load on each expert.
 
     `load_LE` is a multiple of the layer's mean. The colours' scale is logarithmic and always the same, so that pictures
-    compare: white at the mean, blue below, red above. TensorBoard takes it as `add_image(..., dataformats="HWC")`.
+    compare: white at the mean, blue below, red above.
     """
-    canvas = _draw(load_LE, title)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def write_heat_map(path: Path, load_LE: np.ndarray, title: str) -> None:
-    """Writes `heat_map` as a PNG."""
-    _draw(load_LE, title).print_png(str(path))
-
-
-def _draw(load_LE: np.ndarray, title: str) -> FigureCanvasAgg:
     load_LE = np.clip(np.asarray(load_LE, np.float64), 1 / _SPREAD, _SPREAD)
     layers, experts = load_LE.shape
     figure = Figure(figsize=(min(16, 4 + 0.1 * experts), min(16, 2 + 0.12 * layers)), layout="constrained")
@@ -43,4 +30,6 @@ def _draw(load_LE: np.ndarray, title: str) -> FigureCanvasAgg:
     bar = figure.colorbar(image, label="load, mean = 1", ticks=[1 / _SPREAD, 0.25, 0.5, 1, 2, 4, _SPREAD])
     bar.ax.set_yticklabels(["≤1/8", "1/4", "1/2", "1", "2", "4", "≥8"])
     bar.ax.minorticks_off()
-    return FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,167 +9,182 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from qwen3_jax import hf
-from qwen3_jax.checkpoint import Checkpointer
-from qwen3_jax.data import make_loader, write_catalogue
+from qwen3_jax.checkpoint import CHECKPOINTS, Checkpointer
+from qwen3_jax.data import DataConfig
 from qwen3_jax.model import Qwen3
-from qwen3_jax.optim import make_optimizer, make_schedule, optimizer_shardings
-from qwen3_jax.tokenizer import TOKENIZER_FILES
+from qwen3_jax.optim import make_optimizer
 from qwen3_jax.train.config import TrainConfig
-from qwen3_jax.train.flops import peak_flops, train_flops_per_token
-from qwen3_jax.train.metrics import MetricsLog
-from qwen3_jax.train.step import TrainState, make_train_step
-from sharding import make_mesh, named_shardings, partition_spec
+from qwen3_jax.train.evaluation import HeldOut
+from qwen3_jax.train.feed import Feed
+from qwen3_jax.train.guard import skip_bad_steps
+from qwen3_jax.train.ledger import Ledger
+from qwen3_jax.train.record import changes, run_record
+from qwen3_jax.train.report import Report
+from qwen3_jax.train.start import Start, check_output, start_state
+from qwen3_jax.train.step import Batch, Metrics, TrainState, make_train_step
+from qwen3_jax.train.stop import StopSignal
+from sharding import make_mesh, partition_spec
 
 
 def train(config: TrainConfig, console: Console | None = None) -> TrainState:
-    """Trains to `config.steps` and leaves the last checkpoint in `config.output_dir`.
+    """Trains to `config.steps`, or to the step in which SIGTERM or Ctrl-C comes, and leaves a checkpoint of it.
+
+    All processes of a run call it alike; see `sharding.start_processes`.
 
     Raises:
-      ValueError: for a configuration that does not fit the devices or the data.
-      FloatingPointError: naming the step whose loss or gradient is not finite.
+      ValueError: for a configuration that does not fit the devices, the data or the disk.
+      OSError: naming the checkpoint that could not be written.
+      FloatingPointError: naming the step at which `max_bad_steps` in a row were not finite; there is a checkpoint.
     """
-    console = console or Console()
-    mesh = make_mesh(config.mesh)
+    if console is None:
+        console = Console(quiet=jax.process_index() > 0)
     output = Path(config.output_dir)
-    loader = make_loader(config.data)
-    model = Qwen3(
-        config.model,
-        dtype=jnp.dtype(config.compute.dtype),
-        capacity_factor=config.compute.capacity_factor,
-        group_size=config.compute.group_size,
-        expert_dispatch=config.compute.expert_dispatch,
-        remat=config.compute.remat,
-    )
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    schedule = make_schedule(config.optimizer, config.steps)
-    checkpointer = Checkpointer(output / "checkpoints", config.keep)
-    with jax.set_mesh(mesh):
-        state, start = _start_state(config, model, optimizer, mesh, checkpointer, loader)
-        # The batch's rows must divide over the mesh; said here in one line rather than by XLA in fifty.
-        rows = config.data.batch_size // config.accumulation
-        batch_spec = partition_spec(("batch", "length"), mesh, (rows, config.data.sequence_length))
-        batch_sharding = NamedSharding(mesh, batch_spec)
-        peak, peak_source = peak_flops(jax.devices())
-        flops_per_token = train_flops_per_token(config.model, config.data.sequence_length)
-        _announce(config, mesh, start, flops_per_token, peak, peak_source, console)
-        (output / "config.json").write_text(json.dumps(config.model.to_hf(), indent=2) + "\n", encoding="utf-8")
-        write_catalogue(config.data, output)
-        for name in TOKENIZER_FILES:
-            if (Path(config.data.tokenizer) / name).is_file():
-                shutil.copyfile(Path(config.data.tokenizer) / name, output / name)
-        log = MetricsLog(output, start)
-        step_fn = jax.jit(make_train_step(model, optimizer, config.accumulation, config.router), donate_argnums=0)
-        tokens_per_step = config.data.batch_size * config.data.sequence_length
-
-        def report(step: int, metrics: dict[str, jax.Array], since: float, progress: Progress, task: Any) -> float:
-            """Waits for a step and logs its numbers, timed from `since`, the end of the step before; returns its end.
-
-            Called one step late, so that the devices never wait for the host.
-            """
-            values = {name: np.asarray(value, np.float64).tolist() for name, value in jax.device_get(metrics).items()}
-            end = time.perf_counter()
-            values.pop("router/load", None)
-            for name, value in values.items():
-                if not np.isfinite(value).all():
-                    raise FloatingPointError(f"step {step}: {name} is {value}; the last checkpoint is before it")
-            rate = tokens_per_step / (end - since)
-            mfu = rate * flops_per_token / peak
-            status = f"loss {values['loss']:.4f}  {rate:,.0f} tokens/s  MFU {mfu:.1%}"
-            progress.update(task, completed=step, status=status)
-            if step % config.log_every == 0 or step == config.steps:
-                extra = {"learning_rate": float(schedule(step - 1)), "tokens": step * tokens_per_step}
-                log.write(step, {**values, **extra, "tokens_per_second": rate, "mfu": mfu})
-            return end
-
-        columns = (
-            TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
-            BarColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-        )
-        pending: tuple[int, dict[str, jax.Array]] | None = None
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("", total=config.steps, completed=start, status="compiling")
-            clock = time.perf_counter()
-            for step in range(start + 1, config.steps + 1):
-                batch = {
-                    name: jax.make_array_from_process_local_data(batch_sharding, value)
-                    for name, value in next(loader).items()
-                }
-                state, metrics = step_fn(state, batch)
-                if pending is not None:
-                    clock = report(*pending, clock, progress, task)
-                pending = (step, metrics)
-                if step % config.checkpoint_every == 0 or step == config.steps:
-                    # A checkpoint must never hold weights that a bad step has spoilt.
-                    report(*pending, clock, progress, task)
-                    pending = None
-                    checkpointer.save(step, state.params, state.optimizer, loader)
-                    clock = time.perf_counter()
-        log.close()
-        checkpointer.close()
-    console.print(f"trained to step {config.steps}; checkpoint in {output / 'checkpoints' / str(config.steps)}")
-    return state
-
-
-def _start_state(
-    config: TrainConfig, model: Qwen3, optimizer: Any, mesh: Mesh, checkpointer: Checkpointer, loader: Any
-) -> tuple[TrainState, int]:
-    """The state to go on from and its step: the newest checkpoint, `init_from`, or random weights.
-
-    Shapes are learnt by `eval_shape` and shardings derived from them; nothing is ever built unsharded.
-    """
-    # Nothing but the rows' division over the mesh depends on the sample.
-    sample = jnp.zeros((mesh.size, 8), jnp.int32)
-    init_model = Qwen3(config.model)
-    boxed = jax.eval_shape(init_model.init, jax.random.key(0), sample)["params"]
-    abstract = nn.unbox(boxed)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    params_shardings = named_shardings(boxed, mesh)
-    state_shardings = optimizer_shardings(optimizer, abstract, params_shardings, replicated)
-
-    def struct(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-    step = checkpointer.latest_step()
-    if step is not None:
-        params = jax.tree.map(struct, abstract, params_shardings)
-        optimizer_state = jax.tree.map(struct, jax.eval_shape(optimizer.init, abstract), state_shardings)
-        return TrainState(*checkpointer.restore(step, params, optimizer_state, loader)), step
-    if config.init_from is not None:
-        loaded, params = hf.load_checkpoint(config.init_from, dtype="float32", mesh=mesh, stacked=True)
-        if loaded != config.model:
-            raise ValueError(f"init_from: {config.init_from!r} holds another architecture than `model` describes")
+    check_output(output)
+    mesh = make_mesh(config.mesh)
+    with (
+        jax.set_mesh(mesh),
+        Checkpointer(output / CHECKPOINTS, config.keep, config.keep_every) as checkpointer,
+        StopSignal(lambda text: console.print(text, soft_wrap=True)) as stop,
+    ):
+        run = _Run(config, mesh, checkpointer, stop, console)
+        reason = run.steps()
+    where = output / CHECKPOINTS
+    if reason is None:
+        console.print(f"trained to step {run.step}; checkpoint in {where / str(run.step)}", soft_wrap=True)
     else:
-        init = jax.jit(lambda key: nn.unbox(init_model.init(key, sample))["params"], out_shardings=params_shardings)
-        params = init(jax.random.key(config.seed))
-    return TrainState(params, jax.jit(optimizer.init, out_shardings=state_shardings)(params)), 0
+        console.print(f"stopped by {reason} at step {run.step}; checkpoint saved", soft_wrap=True)
+    console.print(f"time     {run.ledger.summary()}", highlight=False, soft_wrap=True)
+    return run.state.train
 
 
-def _announce(
-    config: TrainConfig, mesh: Mesh, start: int, flops: float, peak: float, peak_source: str, console: Console
-) -> None:
-    """What the configuration comes to, before the first step."""
-    model, data = config.model, config.data
-    tokens = data.batch_size * data.sequence_length
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
-    # float32 weights, two moments and a gradient.
-    memory = 16 * model.num_params / math.prod(mesh.shape[axis] for axis in ("fsdp", "expert", "tensor"))
-    console.print(
-        f"model    {model.num_params:,} weights, {model.num_active_params:,} active\n"
-        f"batch    {data.batch_size} x {data.sequence_length} = {tokens:,} tokens in {config.accumulation} "
-        f"micro-batches; {config.steps * tokens:,} tokens in {config.steps:,} steps, from step {start:,}\n"
-        f"mesh     {len(mesh.devices.flat)} devices, {axes}; about {memory / 2**20:,.0f} MiB of weights, gradient and "
-        f"moments a device\n"
-        f"compute  {config.compute.dtype}, {flops / 1e6:,.1f} MFLOP a token; peak {peak / 1e12:,.2f} TFLOP/s "
-        f"({peak_source})",
-        highlight=False,
-    )
+class _Run:
+    """The parts of a run, put together, and the steps."""
+
+    def __init__(
+        self, config: TrainConfig, mesh: Mesh, checkpointer: Checkpointer, stop: StopSignal, console: Console
+    ) -> None:
+        self.config, self.checkpointer, self.stop, self.console = config, checkpointer, stop, console
+        compute = config.compute
+        model = Qwen3(
+            config.model,
+            dtype=jnp.dtype(compute.dtype),
+            capacity_factor=compute.capacity_factor,
+            group_size=compute.group_size,
+            expert_dispatch=compute.expert_dispatch,
+            remat=compute.remat,
+        )
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        self.feed = Feed(config.data, _batch_sharding(config.data, mesh, config.accumulation))
+        self.held_out: HeldOut | None = None
+        if config.eval_data is not None:
+            held_out = Feed(config.eval_data, _batch_sharding(config.eval_data, mesh, 1))
+            self.held_out = HeldOut(model, held_out, config.eval_batches)
+        began = time.perf_counter()
+        start = start_state(config, optimizer, mesh, checkpointer, self.feed, self._announce)
+        self.state, self.step = start.state, start.step
+        self.ledger = Ledger(start.run.get("ledger"))
+        self.ledger.book("checkpoint" if start.run else "compile", time.perf_counter() - began)
+        self._announce_changes(start)
+        self.report = Report(config, mesh, start.step, self.ledger, console)
+        train_step = make_train_step(model, optimizer, config.accumulation, config.router)
+        step = skip_bad_steps(train_step, config.spike_factor)
+        # Metrics must be whole on every process; the state stays where it lies.
+        lies = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        self.step_fn = jax.jit(step, donate_argnums=0, out_shardings=(lies, NamedSharding(mesh, PartitionSpec())))
+        self.compiled: jax.stages.Compiled | None = None
+        self.pending: tuple[int, Metrics, Batch] | None = None
+        self.failure: str | None = None
+
+    def steps(self) -> str | None:
+        """Runs to the last step; returns the name of the signal that stopped it before, if one did."""
+        config, reason = self.config, None
+        with self.report:
+            while self.step < config.steps and reason is None and self.failure is None:
+                self._advance()
+                reason = self.stop.after(self.step)
+                ends = self.step == config.steps or reason is not None or self.failure is not None
+                if self.held_out is not None and (self.step % config.eval_every == 0 or self.step == config.steps):
+                    self._evaluate()
+                if ends or self.step % config.checkpoint_every == 0:
+                    self._save()
+        if self.failure is not None:
+            raise FloatingPointError(f"{self.failure}; checkpoint {self.step} saved")
+        return reason
+
+    def _advance(self) -> None:
+        """One step further: hands the devices the next step, then tells of the one before."""
+        profile = self.config.profile
+        if profile is not None and self.step + 1 == profile[0]:
+            jax.profiler.start_trace(str(Path(self.config.output_dir) / "profile"))
+        began = time.perf_counter()
+        batch = next(self.feed)
+        loss: Any = self.pending[1]["loss"] if self.pending is not None else None
+        busy = loss is not None and not loss.is_ready()
+        self.ledger.book("step" if busy else "data", time.perf_counter() - began)
+        if self.compiled is None:
+            with self.ledger.phase("compile"):
+                self.compiled = self.step_fn.lower(self.state, batch).compile()
+            self.report.restart_clock()
+        with self.ledger.phase("step"):
+            self.state, metrics = self.compiled(self.state, batch)
+            self._report_pending()
+            self.step += 1
+            self.pending = (self.step, metrics, batch)
+            if profile is not None and self.step == profile[1]:
+                self._report_pending()
+                jax.profiler.stop_trace()
+
+    def _report_pending(self, **extra: float) -> None:
+        """Tells of the step that is still to be told of, and gives up if it was one bad step too many."""
+        if self.pending is None:
+            return
+        step, metrics, batch = self.pending
+        self.pending = None
+        values = self.report.step(step, metrics, **extra)
+        row = int(values["skipped_in_row"])
+        if values["skipped"] and row >= self.config.max_bad_steps and self.failure is None:
+            path = Path(self.config.output_dir) / f"bad_step_{step}.npz"
+            rows = multihost_utils.process_allgather(batch, tiled=True)
+            if jax.process_index() == 0:
+                np.savez(path, **rows)
+            self.failure = (
+                f"step {step}: loss is {values['loss']}, gradient norm {values['grad_norm']}: {row} bad steps in a "
+                f"row; its batch is in {path}"
+            )
+
+    def _evaluate(self) -> None:
+        """Logs the held-out loss with the step's own numbers."""
+        assert self.held_out is not None
+        with self.ledger.phase("step"):
+            jax.block_until_ready(self.state)
+        with self.ledger.phase("eval"):
+            loss = self.held_out.loss(self.state.train.params)
+        self._report_pending(eval_loss=loss)
+        self.report.restart_clock()
+
+    def _save(self) -> None:
+        """Starts a checkpoint, once all that it holds has been told of."""
+        with self.ledger.phase("step"):
+            self._report_pending()
+        with self.ledger.phase("checkpoint"):
+            record = run_record(self.config, self.step, self.state.guard, self.ledger)
+            train = self.state.train
+            self.checkpointer.save(self.step, train.params, train.optimizer, self.feed.get_state(), record)
+        self.report.restart_clock()
+
+    def _announce(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _announce_changes(self, start: Start) -> None:
+        for line in changes(start.run, self.config) if start.run else []:
+            self._announce(f"changed  {line}")
+
+
+def _batch_sharding(data: DataConfig, mesh: Mesh, accumulation: int) -> NamedSharding:
+    # The batch's rows must divide over the mesh; said here in one line rather than by XLA in fifty.
+    spec: Any = partition_spec(("batch", "length"), mesh, (data.batch_size // accumulation, data.sequence_length))
+    return NamedSharding(mesh, spec)

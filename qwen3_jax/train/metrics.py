@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
+import numpy as np
 from tensorboardX import SummaryWriter
 
 
@@ -18,30 +21,51 @@ class MetricsLog:
 
     def __init__(self, directory: Path, start: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
+        self._path = directory / "metrics.jsonl"
         kept = []
-        if path.exists():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        if self._path.exists():
+            text = self._path.read_text(encoding="utf-8")
+            lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["step"] <= start]
         # Replaced, not rewritten: a crash right here must not lose the series.
-        fresh = path.with_suffix(".tmp")
+        fresh = self._path.with_suffix(".tmp")
         fresh.write_text("".join(kept), encoding="utf-8")
-        fresh.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        fresh.replace(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Logs floats, and lists of floats (one value a layer)."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        """Logs floats, and lists of floats (one value a layer); what is not finite becomes null.
+
+        Raises:
+          OSError: naming the file.
+        """
+        metrics = _finite(metrics)
+        try:
+            self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"metrics of step {step}: {str(self._path)!r}: {error.strerror}") from None
         for name, value in metrics.items():
-            if isinstance(value, list):
-                for layer, part in enumerate(value):
-                    self._writer.add_scalar(f"{name}/{layer}", part, step)
-            else:
-                self._writer.add_scalar(name, value, step)
+            parts = {f"{name}/{layer}": part for layer, part in enumerate(value)} if isinstance(value, list) else {}
+            for label, part in (parts or {name: value}).items():
+                if part is not None:
+                    self._writer.add_scalar(label, part, step)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes `<name>_<step>.png`, and to TensorBoard, a picture [height, width, 3] uint8."""
+        matplotlib.image.imsave(self._path.with_name(f"{name}_{step}.png"), image)
+        self._writer.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flushes both."""
         self._file.close()
         self._writer.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return value if math.isfinite(value) else None

@@ -17,11 +17,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from rich.console import Console
 
+from qwen3_jax.checkpoint import CHECKPOINTS
 from qwen3_jax.train.config import TrainConfig
 from qwen3_jax.train.loop import train
-
-# What of the network a stage may change: no weight has another shape or meaning by it.
-_FREE = ("rope_theta", "rope_scaling", "max_position_embeddings", "router_aux_loss_coef")
+from qwen3_jax.train.start import FREE
 
 
 def link_stages(stages: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
@@ -41,7 +40,7 @@ def link_stages(stages: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
                 raise ValueError(f"stages.{name}.{key}: {getattr(config, key)!r}; the plan's, set outside stages, fits")
         for field in dataclasses.fields(config.model):
             value, fits = getattr(config.model, field.name), getattr(first.model, field.name)
-            if value != fits and field.name not in _FREE:
+            if value != fits and field.name not in FREE:
                 raise ValueError(
                     f"stages.{name}.model.{field.name}: {value!r}; that of the first stage, {fits!r}, fits"
                 )
@@ -73,5 +72,5 @@ def run_plan(stages: Mapping[str, TrainConfig], console: Console | None = None) 
 
 def _last_step(config: TrainConfig) -> int | None:
     """The step of a run's newest checkpoint, None if it has none."""
-    directory = epath.Path(config.output_dir) / "checkpoints"
+    directory = epath.Path(config.output_dir) / CHECKPOINTS
     return max(ocp.utils.checkpoint_steps(directory), default=None) if directory.exists() else None

@@ -1,0 +1,49 @@
+"""Batches on their way from the loader to the devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from qwen3_jax.data import DataConfig, make_loader
+
+
+class Feed:
+    """Batches as global arrays [batch_size, sequence_length]; each process reads the rows that its devices hold.
+
+    Raises:
+      ValueError: the rows of this process's devices are not one block.
+    """
+
+    def __init__(self, config: DataConfig, sharding: NamedSharding) -> None:
+        self._shape = (config.batch_size, config.sequence_length)
+        self._sharding = sharding
+        places = sharding.addressable_devices_indices_map(self._shape).values()
+        blocks = {place[0].indices(config.batch_size)[:2] for place in places if place is not None}
+        self._first, stop = min(blocks)[0], max(blocks)[1]
+        rows = stop - self._first
+        if rows > sum(end - start for start, end in blocks) or self._first % rows or config.batch_size % rows:
+            raise ValueError(f"mesh: process {jax.process_index()} holds rows {sorted(blocks)}; one block of them fits")
+        self._loader = make_loader(config, process_index=self._first // rows, process_count=config.batch_size // rows)
+
+    def __next__(self) -> dict[str, jax.Array]:
+        return {name: self._put(value) for name, value in next(self._loader).items()}
+
+    def get_state(self) -> dict[str, Any]:
+        """Where this process is in the documents, after the batch last returned; fit for JSON."""
+        return self._loader.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from there; `state` may be the union of all processes' states."""
+        self._loader.set_state(state)
+
+    def _put(self, rows: np.ndarray[Any, Any]) -> jax.Array:
+        def share(place: tuple[slice, ...] | None) -> np.ndarray[Any, Any]:
+            assert place is not None  # it is for devices of other processes
+            start, stop, _ = place[0].indices(self._shape[0])
+            return rows[start - self._first : stop - self._first, place[1]]
+
+        return jax.make_array_from_callback(self._shape, self._sharding, share)

@@ -1,0 +1,64 @@
+"""Where a run's time goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+_PHASES = ("step", "compile", "data", "checkpoint", "eval")
+
+
+class Ledger:
+    """Wall time by phase, in seconds, since the run first started, restarts and the time between them included.
+
+    step: forward, backward and update. compile: XLA at work. data: the devices wait for a batch.
+    checkpoint: saving, as far as the run waits for it, and restoring. eval: the held-out loss.
+    lost: steps that were done again and the time between a crash and the restart. other: the rest.
+    """
+
+    def __init__(self, earlier: Mapping[str, Any] | None = None) -> None:
+        """earlier: `state()` of the checkpoint that the run goes on from."""
+        now = time.time()
+        self._began = earlier["began"] if earlier else now
+        self._seconds = dict(earlier["seconds"]) if earlier else dict.fromkeys((*_PHASES, "lost", "other"), 0.0)
+        # Whatever no checkpoint accounts for was in vain.
+        self._seconds["lost"] += max(0.0, now - self._began - sum(self._seconds.values()))
+        self._start, self._here = time.perf_counter(), 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Books the time inside to `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.book(name, time.perf_counter() - start)
+
+    def book(self, name: str, seconds: float) -> None:
+        """Books time to `name`."""
+        assert name in _PHASES
+        self._seconds[name] += seconds
+        self._here += seconds
+
+    def seconds(self) -> dict[str, float]:
+        """By phase, up to now."""
+        rest = time.perf_counter() - self._start - self._here
+        return {**self._seconds, "other": self._seconds["other"] + max(0.0, rest)}
+
+    def goodput(self) -> float:
+        """Share of all the time that went into steps, 0 to 1."""
+        seconds = self.seconds()
+        return seconds["step"] / max(sum(seconds.values()), 1e-9)
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint, fit for JSON."""
+        return {"began": self._began, "seconds": self.seconds()}
+
+    def summary(self) -> str:
+        """One line."""
+        seconds = self.seconds()
+        total = sum(seconds.values())
+        parts = ", ".join(f"{name} {value / max(total, 1e-9):.1%}" for name, value in seconds.items() if value > 0)
+        return f"{total:,.0f} s since the first start: {parts}"

@@ -1,0 +1,51 @@
+"""The `run` item of a checkpoint: what made it, in JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qwen3_jax.train.config import TrainConfig
+from qwen3_jax.train.guard import Guard
+from qwen3_jax.train.ledger import Ledger
+
+_PACKAGES = {"qwen3-jax": "qwen3-jax", "jax": "jax", "flax": "flax", "orbax": "orbax-checkpoint"}
+
+
+def run_record(config: TrainConfig, step: int, guard: Guard, ledger: Ledger) -> dict[str, Any]:
+    """`step`, `config` (the seed in it), `code` (versions), `guard` and `ledger` (their states)."""
+    counters = {name: value.item() for name, value in jax.device_get(vars(guard)).items()}
+    record = {"step": step, "config": dataclasses.asdict(config), "code": code_version()}
+    return json.loads(json.dumps({**record, "guard": counters, "ledger": ledger.state()}))
+
+
+@functools.cache
+def code_version() -> dict[str, str]:
+    """Versions of this package and of those that decide what a checkpoint holds, and the git commit if there is one."""
+    found = {name: version(package) for name, package in _PACKAGES.items()}
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # an installed package has none
+        found["commit"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return found
+
+
+def changes(run: dict[str, Any], config: TrainConfig) -> list[str]:
+    """`key: old, now new` for each setting in which `config` differs from the one that a checkpoint was saved under."""
+    old, new = _flat(run["config"]), _flat(json.loads(json.dumps(dataclasses.asdict(config))))
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [f"{key}: {old.get(key)!r}, now {new.get(key)!r}" for key in keys if key != "output_dir"]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

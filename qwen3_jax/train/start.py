@@ -1,0 +1,123 @@
+"""Where a run starts: at its newest whole checkpoint, at other weights, or at random ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qwen3_jax import hf
+from qwen3_jax.checkpoint import CHECKPOINTS, Checkpointer, find_whole, restore_params
+from qwen3_jax.config import ModelConfig
+from qwen3_jax.model import Qwen3
+from qwen3_jax.optim import optimizer_shardings
+from qwen3_jax.train.config import TrainConfig
+from qwen3_jax.train.feed import Feed
+from qwen3_jax.train.guard import Guard, GuardedState
+from qwen3_jax.train.step import TrainState
+from sharding import named_shardings
+
+# What may differ between the weights' own configuration and the run's: it shapes no weight.
+FREE = {"rope_theta", "rope_scaling", "max_position_embeddings", "initializer_range", "router_aux_loss_coef"}
+FREE |= {"bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """state: to go on from. step: the last one that it has done. run: what the checkpoint's `run` item says."""
+
+    state: GuardedState
+    step: int
+    run: dict[str, Any]
+
+
+def check_output(directory: Path) -> None:
+    """ValueError unless files can be made in `directory`, which is made itself."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output_dir: {str(directory)!r}: {error.strerror}; a directory that can be written fits"
+        ) from None
+
+
+def start_state(
+    config: TrainConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    checkpointer: Checkpointer,
+    feed: Feed,
+    announce: Callable[[str], None],
+) -> Start:
+    """The state to go on from; moves `feed` to where it was.
+
+    Shapes are learnt by `eval_shape` and shardings derived from them; nothing is ever built unsharded.
+
+    Raises:
+      ValueError: `init_from` is unfit, no checkpoint of this run is whole, or the disk has no room for one.
+    """
+    model = Qwen3(config.model)
+    # Nothing but the division over the mesh depends on it: of its rows, and of its tokens in two chunks a device.
+    sample = jnp.zeros((mesh.size, 2 * mesh.size), jnp.int32)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), sample)["params"]
+    params_shardings = named_shardings(boxed, mesh)
+    params = jax.tree.map(_struct, nn.unbox(boxed), params_shardings)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    state_shardings = optimizer_shardings(optimizer, params, params_shardings, replicated)
+    optimizer_state = jax.tree.map(_struct, jax.eval_shape(optimizer.init, params), state_shardings)
+    _check_space(Path(config.output_dir), (params, optimizer_state))
+
+    step = checkpointer.newest_whole(announce)
+    if step is not None:
+        *arrays, places, run = checkpointer.restore(step, params, optimizer_state)
+        feed.set_state(places)
+        guard = jax.device_put(Guard.create(**run["guard"]), replicated)
+        return Start(GuardedState(TrainState(*arrays), guard), step, run)
+    if config.init_from is not None:
+        weights = _load(Path(config.init_from), config.model, params, mesh, announce)
+    else:
+        init = jax.jit(lambda key: nn.unbox(model.init(key, sample))["params"], out_shardings=params_shardings)
+        weights = init(jax.random.key(config.seed))
+    train = TrainState(weights, jax.jit(optimizer.init, out_shardings=state_shardings)(weights))
+    return Start(GuardedState(train, jax.device_put(Guard.create(), replicated)), 0, {})
+
+
+def _struct(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def _check_space(directory: Path, arrays: Any) -> None:
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise ValueError(
+            f"output_dir: {str(directory)!r} has {free / 2**20:,.0f} MiB free; a checkpoint needs "
+            f"{needed / 2**20:,.0f} MiB"
+        )
+
+
+def _load(source: Path, config: ModelConfig, params: Any, mesh: Mesh, announce: Callable[[str], None]) -> Any:
+    """The weights of a Hugging Face checkpoint, or of a run's newest whole one."""
+    held = ModelConfig.from_hf(source)
+    for field in dataclasses.fields(config):
+        theirs, ours = getattr(held, field.name), getattr(config, field.name)
+        if field.name not in FREE and theirs != ours:
+            raise ValueError(f"init_from: {str(source)!r} has {field.name} {theirs!r}; model.{field.name}: {ours!r}")
+    if not (source / CHECKPOINTS).is_dir():
+        return hf.load_checkpoint(source, dtype="float32", mesh=mesh, stacked=True)[1]
+    found = find_whole(source / CHECKPOINTS, announce)
+    if found is None:
+        raise ValueError(f"init_from: {str(source)!r} holds no checkpoint; a run that has saved one fits")
+    announce(f"weights of {found}")
+    return restore_params(found, params)
