@@ -20,7 +20,8 @@ from jax.sharding import NamedSharding
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.model import Qwen3
 from qwen3_jax.ops.moe import RouterStats
-from qwen3_jax.train.heatmap import heat_map, write_heat_map
+from qwen3_jax.train.heatmap import heat_map
+from qwen3_jax.train.metrics import MetricsLog
 from qwen3_jax.train.step import RouterConfig, TrainState, make_train_step
 from sharding import MeshConfig, make_mesh, named_shardings, partition_spec
 
@@ -253,9 +254,11 @@ def test_router_config_refuses(fields: dict[str, Any], message: str) -> None:
 def test_heat_map(tmp_path: Path) -> None:
     """Red where an expert has more than the mean, blue where less, white at the mean; layers from top to bottom."""
     load_LE = np.array([[4.0, 0.0], [1.0, 1.0]])
-    write_heat_map(tmp_path / "map.png", load_LE, "step 1")
     picture = heat_map(load_LE, "step 1")
-    saved = (matplotlib.image.imread(tmp_path / "map.png")[..., :3] * 255).round().astype(np.uint8)
+    log = MetricsLog(tmp_path, 0)
+    log.picture(1, "load", picture)
+    log.close()
+    saved = (matplotlib.image.imread(tmp_path / "load_1.png")[..., :3] * 255).round().astype(np.uint8)
     np.testing.assert_array_equal(picture, saved)
     height, width, _ = picture.shape
     (red, blue), (white, _) = [
