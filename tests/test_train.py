@@ -186,12 +186,13 @@ def test_train_py_runs_resumes_exactly_and_is_the_same_on_eight_devices(
 ) -> None:
     """A run cut after its third step goes on to bit-identical numbers; eight devices give the same up to rounding."""
     whole, cut, eight = tmp_path / "whole", tmp_path / "cut", tmp_path / "eight"
-    done = run_train(run_file, cache, "--output_dir", str(whole))
+    done = run_train(run_file, cache, "--output_dir", str(whole), "--heat_map_every", "3")
     assert done.returncode == 0, done.stderr
     assert "trained to step 6" in done.stdout
     series = metrics_of(whole)
     assert [line["step"] for line in series] == [1, 2, 3, 4, 5, 6]
     assert series[-1]["loss"] < series[0]["loss"]
+    assert sorted(path.name for path in (whole / "heat_maps").iterdir()) == ["3.png", "6.png"]
 
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "checkpoints" / "6")

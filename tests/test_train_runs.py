@@ -49,7 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """`run.yaml`: 150 steps and a checkpoint every other one; and a cache of compiled programs that all runs share."""
     folder = tmp_path_factory.mktemp("runs")
     write_dataset(folder / "data", 400, seed=0, vocab_size=512)
-    data = {"paths": [str(folder / "data" / "train.jsonl")], "tokenizer": str(folder / "data")}
+    sources = [{"name": "arithmetic", "paths": [str(folder / "data" / "train.jsonl")]}]
+    data = {"sources": sources, "tokenizer": str(folder / "data")}
     fields = {
         "model": {k: v for k, v in dataclasses.asdict(MODEL).items() if v is not None and k != "mlp_only_layers"},
         "data": {**data, "sequence_length": 32, "batch_size": 8},
@@ -260,8 +261,8 @@ def test_a_run_begins_with_the_weights_of_another(folder: Path, whole: list[dict
     """Its loss begins where the other's ended; the optimiser, the rate and the data begin anew."""
     overrides = ["--init_from", str(folder / "whole"), "--steps", "4", "--eval_every", "2", "--eval_batches", "2"]
     held_out = {name: str(value) for name, value in yaml.safe_load((folder / "run.yaml").read_text())["data"].items()}
-    overrides += ["--eval_data.paths", f"[{folder / 'data' / 'train.jsonl'}]", "--profile", "[2, 3]"]
-    for name in ("tokenizer", "sequence_length", "batch_size"):
+    overrides += ["--profile", "[2, 3]"]
+    for name in ("sources", "tokenizer", "sequence_length", "batch_size"):
         overrides += [f"--eval_data.{name}", held_out[name]]
     said = finish(start(folder, "second", *overrides))
     assert f"weights of {folder / 'whole' / 'checkpoints' / str(STEPS)}" in said
