@@ -256,9 +256,9 @@ def test_heat_map(tmp_path: Path) -> None:
     load_LE = np.array([[4.0, 0.0], [1.0, 1.0]])
     picture = heat_map(load_LE, "step 1")
     log = MetricsLog(tmp_path, 0)
-    log.picture(1, "load", picture)
+    log.picture(1, "heat_maps", picture)
     log.close()
-    saved = (matplotlib.image.imread(tmp_path / "load_1.png")[..., :3] * 255).round().astype(np.uint8)
+    saved = (matplotlib.image.imread(tmp_path / "heat_maps" / "1.png")[..., :3] * 255).round().astype(np.uint8)
     np.testing.assert_array_equal(picture, saved)
     height, width, _ = picture.shape
     (red, blue), (white, _) = [

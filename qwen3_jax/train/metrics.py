@@ -53,8 +53,10 @@ class MetricsLog:
                     self._writer.add_scalar(label, part, step)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes `<name>_<step>.png`, and to TensorBoard, a picture [height, width, 3] uint8."""
-        matplotlib.image.imsave(self._path.with_name(f"{name}_{step}.png"), image)
+        """Writes `<name>/<step>.png`, and to TensorBoard, a picture [height, width, 3] uint8."""
+        directory = self._path.with_name(name)
+        directory.mkdir(exist_ok=True)
+        matplotlib.image.imsave(directory / f"{step}.png", image)
         self._writer.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:

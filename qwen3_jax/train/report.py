@@ -78,7 +78,7 @@ class Report:
             timing = {"tokens_per_second": rate, "mfu": mfu, "time/goodput": self._ledger.goodput(), **spent}
             self._log.write(step, numbers | timing)
         if self._log and "router/load" in values and step % self._config.heat_map_every == 0:
-            self._log.picture(step, "load", heat_map(values["router/load"], f"step {step:,}"))
+            self._log.picture(step, "heat_maps", heat_map(values["router/load"], f"step {step:,}"))
         return numbers
 
     def __enter__(self) -> Report:
