@@ -12,9 +12,8 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,10 +61,8 @@ def shipped_drops(batches: int = 8) -> Callable[[int, float], float]:
 
     def rate(group_size: int, factor: float) -> float:
         model = Qwen3(config, capacity_factor=factor, group_size=group_size)
-        forward = jax.jit(
-            lambda b: model.apply({"params": params}, b["tokens"], b["positions"], b["segment_ids"]).router
-        )
-        stats = [forward(batch) for batch in data]
+        forward = jax.jit(lambda *batch: model.apply({"params": params}, *batch).router)
+        stats = [forward(batch["tokens"], batch["positions"], batch["segment_ids"]) for batch in data]
         return float(sum(s.dropped_B.sum() for s in stats) / sum(s.counts_BE.sum() for s in stats))
 
     return rate
@@ -109,14 +106,6 @@ def dispatch_share(group_size: int) -> float:
     return 4 * group_size / (9 * MINI.moe_intermediate_size)
 
 
-def steps(factor: float) -> Iterator[tuple[str, Callable[[TrainState, Any], Any], Any]]:
-    """Names, train steps, and the optimiser that all share."""
-    optimizer = optax.adamw(1e-4)
-    models = {f"{size}": Qwen3(MINI, capacity_factor=factor, group_size=size) for size in GROUPS}
-    for name, model in models.items():
-        yield name, jax.jit(make_train_step(model, optimizer, 1), donate_argnums=0), optimizer
-
-
 def times(factor: float, turns: int) -> None:
     tokens = np.random.default_rng(0).integers(0, MINI.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
     batch = {
@@ -127,26 +116,27 @@ def times(factor: float, turns: int) -> None:
         "loss_weights": np.ones((ROWS, LENGTH), np.float32),
     }
     init = jax.jit(lambda key: nn.unbox(Qwen3(MINI).init(key, jnp.zeros((1, 8), jnp.int32)))["params"])
-    variants = list(steps(factor))
-    params = init(jax.random.key(0))
-    state = TrainState(params, variants[0][2].init(params))
-    del params
-    seconds: dict[str, list[float]] = {name: [] for name, _, _ in variants}
+    params, optimizer = init(jax.random.key(0)), optax.adamw(1e-4)
+    state = TrainState(params, optimizer.init(params))
+    del params  # donated
+    models = {size: Qwen3(MINI, capacity_factor=factor, group_size=size) for size in GROUPS}
+    steps = {size: jax.jit(make_train_step(model, optimizer, 1), donate_argnums=0) for size, model in models.items()}
+    seconds: dict[int, list[float]] = {size: [] for size in GROUPS}
     for turn in range(turns + 1):
-        for name, step, _ in variants:
+        for size, step in steps.items():
             begin = time.perf_counter()
             state, metrics = step(state, batch)
             jax.block_until_ready((state, metrics))
             if turn:  # the first one compiles
-                seconds[name].append(time.perf_counter() - begin)
-    base = seconds[str(GROUPS[-1])]
+                seconds[size].append(time.perf_counter() - begin)
+    base = seconds[GROUPS[-1]]
     print(f"factor {factor}\n| group | dispatch / expert FLOPs | s per step | tokens/s | step / step at {GROUPS[-1]} |")
     print("| --- | --- | --- | --- | --- |")
-    for name, values in seconds.items():
+    for size, values in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(values, base, strict=True))
         middle = statistics.median(values)
         spread = f"{middle:.2f} ({min(values):.2f}..{max(values):.2f})"
-        print(f"| {name} | {dispatch_share(int(name)):.0%} | {spread} | {ROWS * LENGTH / middle:.0f} | {ratio:.2f} |")
+        print(f"| {size} | {dispatch_share(size):.0%} | {spread} | {ROWS * LENGTH / middle:.0f} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Mixture of experts: router, dense einsum dispatch with capacity, exact mode (report, section 2).
+"""Mixture of experts: router, dense einsum dispatch with capacity, dropless and exact modes (report, section 2).
 
 Departures from GShard (Lepikhin et al. 2020), whose dispatch this is:
 1. An expert's places go to tokens in their order, not to all first choices before all second ones: whether a token is
@@ -6,7 +6,8 @@ Departures from GShard (Lepikhin et al. 2020), whose dispatch this is:
 2. Gate weights are not renormalised after a drop: the dropped expert's share is missing, the others' are unchanged.
 
 Shapes: B batch, T tokens, G groups, S tokens of a group, E experts, K experts per token, C places of an expert for one
-group, D hidden_size, F moe_intermediate_size.
+group, N tokens of all rows, R (token, choice) pairs, D hidden_size, F moe_intermediate_size. Inside `moe_layer` these
+are one device's.
 """
 
 from __future__ import annotations
