@@ -153,6 +153,6 @@ def test_groups_must_fit_the_parts_of_a_row() -> None:
     """A group that two devices would share is refused: neither of them could tell whom to drop."""
     with (
         jax.set_mesh(make_mesh(MESHES["context 2, expert 2, fsdp 2"])),
-        pytest.raises(ValueError, match="group_size: 32 does not divide the sequence length 32 in 2 parts"),
+        pytest.raises(ValueError, match="group_size: 32 does not divide the sequence length 32 in 4 chunks"),
     ):
         dataclasses.replace(DROPPING, group_size=32).apply({"params": PARAMS}, X, VALID)

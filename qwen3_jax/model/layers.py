@@ -37,6 +37,7 @@ from qwen3_jax.ops.moe import (
 )
 from qwen3_jax.ops.norm import rms_norm
 from qwen3_jax.ops.rope import apply_rope
+from qwen3_jax.ops.zigzag import num_chunks
 from sharding import constrain, num_parts
 
 ExpertDispatch = Literal["einsum", "ragged"]
@@ -143,11 +144,11 @@ class MoeMlp(nn.Module):
         if self.expert_dispatch == "ragged":
             dispatch: Dispatch = functools.partial(moe_ragged, top_k=cfg.num_experts_per_tok)
         elif self.capacity_factor is not None:
-            group_size, parts = min(self.group_size, length), num_parts("length")
-            if length % (group_size * parts):
+            group_size, chunks = min(self.group_size, length), num_chunks()
+            if length % (group_size * chunks):
                 raise ValueError(
                     f"group_size: {group_size} does not divide the sequence length {length}"
-                    f"{f' in {parts} parts' if parts > 1 else ''}; a divisor fits"
+                    f"{f' in {chunks} chunks' if chunks > 1 else ''}; a divisor fits"
                 )
             capacity = expert_capacity(group_size, e, cfg.num_experts_per_tok, self.capacity_factor)
             dispatch = functools.partial(moe_capacity, capacity=capacity, group_size=group_size)

@@ -23,6 +23,12 @@ from sharding import num_parts, partition_spec
 AXIS = "context"
 
 
+def num_chunks() -> int:
+    """Into how many chunks the mesh in context cuts a sequence, each of them whole on one device."""
+    parts = num_parts("length")
+    return 1 if parts == 1 else 2 * parts
+
+
 def to_zigzag(x: jax.Array) -> jax.Array:
     """[B, T, ...] in the order of the sequence to zig-zag order; `x` itself where the mesh does not split sequences."""
     return _permute(x, _send_to_zigzag)
@@ -37,8 +43,8 @@ def _permute(x: jax.Array, send: Callable[..., jax.Array]) -> jax.Array:
     parts = num_parts("length")
     if parts == 1:
         return x
-    if x.shape[1] % (2 * parts):
-        raise ValueError(f"sequence length: {x.shape[1]}; a multiple of 2 x context = {2 * parts} fits")
+    if x.shape[1] % num_chunks():
+        raise ValueError(f"sequence length: {x.shape[1]}; a multiple of 2 x context = {num_chunks()} fits")
     names = ("batch", "length", *[None] * (x.ndim - 2))
     spec = partition_spec(names, jax.sharding.get_abstract_mesh(), x.shape)
     return jax.shard_map(functools.partial(send, parts=parts), in_specs=spec, out_specs=spec, check_vma=False)(x)
