@@ -23,31 +23,16 @@ from flax import linen as nn
 
 import qwen3_jax
 from qwen3_jax import hf
-from qwen3_jax.config import ModelConfig
-from qwen3_jax.data import DataConfig, make_loader
+from qwen3_jax.data import DataConfig, SourceConfig, make_loader
 from qwen3_jax.data.arithmetic import write_dataset
 from qwen3_jax.model import Qwen3
 from qwen3_jax.ops.moe import expert_capacity, route
 from qwen3_jax.train.step import TrainState, make_train_step
+from train import LENGTH, ROWS, SHAPES
 
 GROUPS = (32, 64, 128, 256)
 FACTORS = (1.0, 1.25, 1.5, 2.0)
-ROWS, LENGTH = 4, 256
-MINI = ModelConfig(
-    vocab_size=32768,
-    hidden_size=512,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=64,
-    intermediate_size=1536,
-    max_position_embeddings=4096,
-    rope_theta=1e6,
-    num_experts=32,
-    num_experts_per_tok=8,
-    moe_intermediate_size=256,
-    tie_word_embeddings=True,
-)
+MINI = SHAPES["moe"]
 
 
 def shipped_drops(batches: int = 8) -> Callable[[int, float], float]:
@@ -55,8 +40,9 @@ def shipped_drops(batches: int = 8) -> Callable[[int, float], float]:
     config, params = hf.load_checkpoint(Path(qwen3_jax.__file__).parent / "assets" / "qwen3-tiny", dtype="float32")
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(Path(folder), 2000, seed=1, vocab_size=config.vocab_size)
-        paths, tokenizer = [f"{folder}/train.jsonl"], str(Path(qwen3_jax.__file__).parent / "assets" / "qwen3-tiny")
-        loader = make_loader(DataConfig(paths=paths, tokenizer=tokenizer, sequence_length=LENGTH, batch_size=8))
+        paths, tokenizer = (f"{folder}/train.jsonl",), str(Path(qwen3_jax.__file__).parent / "assets" / "qwen3-tiny")
+        sources = (SourceConfig(name="fresh", paths=paths),)
+        loader = make_loader(DataConfig(sources=sources, tokenizer=tokenizer, sequence_length=LENGTH, batch_size=8))
         data = [next(loader) for _ in range(batches)]
 
     def rate(group_size: int, factor: float) -> float:

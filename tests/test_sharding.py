@@ -1,23 +1,16 @@
-"""Meshes, axis rules, and a routed model on eight devices against one."""
+"""Meshes and axis rules."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import linen as nn
 from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 
-from qwen3_jax.config import ModelConfig
-from qwen3_jax.model import Qwen3
-from qwen3_jax.ops.loss import cross_entropy, load_balance_loss
 from sharding import AXIS_RULES, MeshConfig, constrain, make_mesh, named_shardings, partition_spec
 
 
@@ -130,82 +123,3 @@ def test_named_shardings() -> None:
     shardings = named_shardings(boxed, mesh)
     assert shardings["w"].spec == P(("tensor",), ("fsdp",))
     assert shardings["step"].spec == P()
-
-
-CONFIG = ModelConfig(
-    vocab_size=64,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    intermediate_size=32,
-    max_position_embeddings=64,
-    rope_theta=10_000.0,
-    num_experts=4,
-    num_experts_per_tok=2,
-    moe_intermediate_size=16,
-)
-TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (8, 16)).astype(np.int32)
-MODEL = Qwen3(CONFIG, capacity_factor=1.25, group_size=8)
-MESHES = {
-    "fsdp 8": MeshConfig(fsdp=8),
-    "fsdp 2, expert 2, tensor 2": MeshConfig(fsdp=2, expert=2, tensor=2),
-    "data 2, expert 4": MeshConfig(data=2, fsdp=1, expert=4),
-}
-
-
-def loss(params: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
-    """Cross-entropy plus the balance loss: everything a training step differentiates."""
-    out = MODEL.apply({"params": params}, tokens)
-    router = out.router
-    sums = (x.sum(axis=1) for x in (router.counts_BE, router.prob_sum_BE, router.tokens_B))
-    balance = load_balance_loss(*sums).mean()
-    return cross_entropy(out.logits[:, :-1], tokens[:, 1:]).mean() + 0.01 * balance, (out.logits, router)
-
-
-def init(key: jax.Array) -> Any:
-    return MODEL.init(key, TOKENS)["params"]
-
-
-@pytest.fixture(scope="module")
-def single() -> tuple[Any, Any]:
-    """Params, large enough for logits of order 1, and the result on one device."""
-    generator = np.random.default_rng(1)
-    shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0)))
-    params = jax.tree.map(lambda x: jnp.asarray(0.25 * generator.standard_normal(x.shape), jnp.float32), shapes)
-    return params, jax.jit(jax.value_and_grad(loss, has_aux=True))(params, TOKENS)
-
-
-@pytest.mark.parametrize("name", MESHES)
-def test_eight_devices_equal_one(name: str, single: tuple[Any, Any]) -> None:
-    """Loss, logits, router statistics and every gradient; tokens are dropped on the way, and the same ones."""
-    params, ((value, (logits, router)), grads) = single
-    assert router.dropped_B.sum() > 0
-    mesh = make_mesh(MESHES[name])
-    shardings = named_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(params, shardings)
-        tokens = jax.device_put(TOKENS, jax.NamedSharding(mesh, partition_spec(("batch", "length"), mesh)))
-        step = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(placed, tokens).compile()
-        (value_8, (logits_8, router_8)), grads_8 = step(placed, tokens)
-    experts = placed["layers_0_2"]["mlp"]["gate_proj"]
-    assert experts.addressable_shards[0].data.size * 8 // mesh.shape["data"] == experts.size, "weights are not split"
-    chex.assert_trees_all_close(jax.device_get(value_8), jax.device_get(value), rtol=1e-5)
-    chex.assert_trees_all_close(jax.device_get(logits_8), jax.device_get(logits), rtol=1e-4, atol=1e-5)
-    chex.assert_trees_all_close(jax.device_get(router_8), jax.device_get(router), rtol=1e-5, atol=1e-5)
-    chex.assert_trees_all_close(jax.device_get(grads_8), jax.device_get(grads), rtol=1e-4, atol=1e-6)
-    if mesh.shape["expert"] > 1:
-        # To the experts and back, forward and backward, once in the body of each scan. Without any one of the
-        # constraints in `moe_capacity` the count differs on one of these meshes, and gathers take their place.
-        assert len(collectives(step.as_text(), "all-to-all")) == 4
-    if mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
-        # No weight is split but over experts, so a gather could only be of tokens. The one that XLA makes for top_k is
-        # of the router's probabilities, [B, T, E] = [8, 16, 4], told by its shape: versions name it differently.
-        gathers = collectives(step.as_text(), "all-gather")
-        assert [line for line in gathers if "f32[8,16,4]" not in line] == []
-
-
-def collectives(text: str, kind: str) -> list[str]:
-    """The lines of a compiled program that are a collective of this kind."""
-    return [line for line in text.splitlines() if re.search(rf" {kind}(-start)?\(", line)]
