@@ -54,9 +54,9 @@ MESHES = {
     "fsdp 2, expert 2, tensor 2": MeshConfig(fsdp=2, expert=2, tensor=2),
     "data 2, expert 2, context 2": MeshConfig(data=2, fsdp=1, expert=2, context=2),
 }
-# Adam divides by the gradient's own size, so that a gradient of nothing but rounding moves its weight as any other:
-# eps is above what rounding leaves here (1e-8), far below the gradients (1e-3).
-ADAM = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, weight_decay=0.1, eps=1e-6)
+# Adam divides by the gradient's own size, so that rounding in a gradient near zero moves its weight: a step by up to
+# learning_rate * rounding / eps, here 1e-3 * 1e-8 / 1e-5 = 1e-6.
+ADAM = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, weight_decay=0.1, eps=1e-5)
 OPTIMIZER = make_optimizer(ADAM, STEPS)
 
 
