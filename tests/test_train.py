@@ -24,6 +24,7 @@ from flax import linen as nn
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.data.arithmetic import write_dataset
 from qwen3_jax.model import Qwen3
+from qwen3_jax.ops.loss import is_best
 from qwen3_jax.train.flops import train_flops_per_token
 from qwen3_jax.train.metrics import MetricsLog
 from qwen3_jax.train.step import TrainState, make_train_step
@@ -103,6 +104,15 @@ def test_router_series_are_reported_per_layer() -> None:
     assert (metrics["router/load_min"] <= 1).all()
     _, exact = one_step(1, capacity_factor=None)
     assert (exact["router/dropped"] == 0).all()
+
+
+def test_is_best_is_where_the_argmax_is() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((4, 50, 3)).astype(np.float32)
+    targets = rng.integers(0, 3, (4, 50))
+    best = np.asarray(is_best(jnp.asarray(logits), jnp.asarray(targets)))
+    np.testing.assert_array_equal(best, logits.argmax(axis=-1) == targets)
+    assert 0 < best.mean() < 1
 
 
 def test_flops_of_a_known_model() -> None:

@@ -9,8 +9,17 @@ import jax.numpy as jnp
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """Negative log-likelihood of each target, [B, T] float32."""
     logits = logits_BTV.astype(jnp.float32)
-    target = jnp.take_along_axis(logits, targets_BT[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - target
+    return jax.nn.logsumexp(logits, axis=-1) - _of_target(logits, targets_BT)
+
+
+def is_best(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """[B, T] bool: no logit is above the target's."""
+    # The largest is at hand from the softmax, where an argmax would go over the vocabulary once more.
+    return _of_target(logits_BTV, targets_BT) >= logits_BTV.max(axis=-1)
+
+
+def _of_target(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
 
 
 def load_balance_loss(counts_XE: jax.Array, prob_sum_XE: jax.Array, tokens_X: jax.Array) -> jax.Array:

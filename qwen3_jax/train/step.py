@@ -15,7 +15,7 @@ import optax
 from flax import struct
 
 from qwen3_jax.model import Qwen3
-from qwen3_jax.ops.loss import cross_entropy, load_balance_loss
+from qwen3_jax.ops.loss import cross_entropy, is_best, load_balance_loss
 from qwen3_jax.ops.moe import RouterStats
 from sharding import constrain
 
@@ -85,7 +85,7 @@ def make_train_step(
         out = forward(params, batch)
         weights_BT = batch["loss_weights"]
         nll_BT = cross_entropy(out.logits, batch["targets"])
-        correct_BT = out.logits.argmax(axis=-1) == batch["targets"]
+        correct_BT = is_best(out.logits, batch["targets"])
         sums: Sums = {
             "loss": (nll_BT * weights_BT).sum() / totals["weights"],
             "accuracy": (correct_BT * weights_BT).sum() / totals["weights"],
