@@ -51,7 +51,7 @@ SHAPES = {
 }
 # How the experts are computed: with room for 1.25 times the mean load, what is above it dropped, or all of them.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "ours": {"capacity_factor": 1.25, "group_size": 256},
+    "ours": {"capacity_factor": 1.25, "group_size": 64},
     "ours:exact": {"capacity_factor": None},
 }
 
