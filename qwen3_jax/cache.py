@@ -1,6 +1,6 @@
 """The key-value cache: an argument and a result of the model, never hidden state.
 
-Shapes: B batch, S slots, K key-value heads, H head_dim.
+Shapes: B batch, T tokens, S slots, K key-value heads, H head_dim.
 """
 
 from __future__ import annotations
@@ -48,19 +48,26 @@ class KVCache:
     ) -> KVCache:
         """An empty cache."""
         slots = prompt_slots + ring_slots
-        heads, head_dim = config.num_key_value_heads, config.head_dim
-
-        def zeros(*dims: tuple[int, str]) -> tuple[jax.Array, ...]:
-            shape, names = zip((batch, "batch"), (heads, "act_kv_heads"), *dims, strict=True)
-            return tuple(constrain(jnp.zeros(shape, dtype), *names) for _ in range(config.num_hidden_layers))
-
-        return cls(
-            keys=zeros((head_dim, "head_dim"), (slots, "slots")),
-            values=zeros((slots, "slots"), (head_dim, "head_dim")),
-            positions_BS=constrain(jnp.full((batch, slots), EMPTY, jnp.int32), "batch", "slots"),
+        heads, head_dim, layers = config.num_key_value_heads, config.head_dim, range(config.num_hidden_layers)
+        cache = cls(
+            keys=tuple(jnp.zeros((batch, heads, head_dim, slots), dtype) for _ in layers),
+            values=tuple(jnp.zeros((batch, heads, slots, head_dim), dtype) for _ in layers),
+            positions_BS=jnp.full((batch, slots), EMPTY, jnp.int32),
             next_slot=jnp.asarray(prompt_slots if ring_slots else 0, jnp.int32),
             prompt_slots=prompt_slots,
         )
+        return jax.tree.map(lambda x, names: constrain(x, *names), cache, cache.axes)
+
+    @property
+    def axes(self) -> Any:
+        """The logical axes of each array, as a tuple of names in its place."""
+        names: dict[str, Any] = {
+            "keys": (("attention_batch", "act_kv_heads", None, "slots"),) * len(self.keys),
+            "values": (("attention_batch", "act_kv_heads", "slots", None),) * len(self.values),
+            "positions_BS": ("attention_batch", "slots"),
+            "next_slot": (),
+        }
+        return dataclasses.replace(self, **names)
 
     @property
     def ring_slots(self) -> int:
@@ -122,3 +129,12 @@ class KVCache:
             values=tuple(put(x, rows, VALUE_SLOTS) for x, rows in zip(self.values, new.values, strict=True)),
             positions_BS=put(emptied_BS, new.positions_BS, 1),
         )
+
+
+def write_slots(
+    cached: tuple[jax.Array, jax.Array], k_BTKH: jax.Array, v_BTKH: jax.Array, slot: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A layer's keys [B, K, H, S] and values [B, K, S, H] with those of new tokens, the first of them at `slot`."""
+    k_BKHT, v_BKTH = (x.astype(cached[0].dtype) for x in (k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)))
+    k_BKHS = jax.lax.dynamic_update_slice_in_dim(cached[0], k_BKHT, slot, KEY_SLOTS)
+    return k_BKHS, jax.lax.dynamic_update_slice_in_dim(cached[1], v_BKTH, slot, VALUE_SLOTS)

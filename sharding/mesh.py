@@ -20,6 +20,8 @@ class MeshConfig:
     expert: splits the batch and the experts; tokens travel by all-to-all.
     context: splits the sequence; queries stay, keys and values are gathered.
     tensor: splits heads, MLP columns and vocabulary (Megatron).
+    topology: the slice that the sizes are chosen for, as `v5p:4x4x4`: what `qwen3-jax plan` compiles for. Runs take the
+      devices that are there.
     """
 
     data: int = 1
@@ -27,17 +29,23 @@ class MeshConfig:
     expert: int = 1
     context: int = 1
     tensor: int = 1
+    topology: str | None = None
 
     def __post_init__(self) -> None:
-        for name, size in dataclasses.asdict(self).items():
+        for name, size in self.axes.items():
             if size != -1 and size < 1:
                 raise ValueError(f"mesh.{name}: {size}; a number >= 1, or -1 for all remaining devices, fits")
-        if list(dataclasses.asdict(self).values()).count(-1) > 1:
+        if list(self.axes.values()).count(-1) > 1:
             raise ValueError(f"mesh: {self}; at most one axis may be -1")
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Devices along each axis, by its name, as they are given."""
+        return {name: getattr(self, name) for name in ("data", "fsdp", "expert", "context", "tensor")}
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Axis sizes on `num_devices` devices, -1 resolved; ValueError where they do not multiply to that number."""
-        sizes = dataclasses.asdict(self)
+        sizes = self.axes
         fixed = math.prod(size for size in sizes.values() if size != -1)
         for name, size in sizes.items():
             if size == -1:

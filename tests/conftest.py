@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +30,16 @@ def check_error(record_property: Callable[[str, object], None]) -> Check:
         assert error <= tolerance, f"{name}: error {error:.3g} exceeds {tolerance:.3g}"
 
     return check
+
+
+@pytest.fixture
+def coordinator_address() -> str:
+    """Where processes of one `jax.distributed` run can meet. Below the ports that the kernel gives to outgoing
+    connections, one of which could take it before the first process listens there."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return f"127.0.0.1:{port}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

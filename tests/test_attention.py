@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qwen3_jax.cache import write_slots
 from qwen3_jax.ops import attention as forms
 from qwen3_jax.ops import zigzag
-from qwen3_jax.ops.attention import causal_attention
+from qwen3_jax.ops.attention import attention, attention_before_write, causal_attention
 from sharding import MeshConfig, make_mesh
 
 SEGMENTS = (1, 1, 1, 2, 2, 3, 3, 0)  # of eighths of a row: three documents and padding
@@ -138,3 +139,21 @@ def test_splash_kernel(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_splash_wants_whole_tiles() -> None:
     assert forms._splash_kernel(2, 192, 1) is None
     assert forms._splash_kernel(2, 384, 2) is None
+
+
+@pytest.mark.parametrize(("length", "slot"), [(1, 5), (1, 0), (3, 4)])
+def test_reading_a_cache_before_writing_equals_writing_first(length: int, slot: int) -> None:
+    """What a TPU does, against the plain order; the slots about to be written hold old tokens, as in a ring that has
+    gone round, and one row may look nowhere but at itself."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    q, k, v = normal(2, length, 4, 8), normal(2, length, 2, 8), normal(2, length, 2, 8)
+    cached = (normal(2, 2, 8, 9), normal(2, 2, 9, 8))
+    mask = jnp.asarray(rng.random((2, length, 9)) < 0.6).at[1].set(False)
+    mask = mask.at[:, :, slot : slot + length].set(jnp.tril(jnp.ones((length, length), bool)))
+    out = attention_before_write(q, k, v, cached, mask, jnp.int32(slot))
+    written = write_slots(cached, k, v, jnp.int32(slot))
+    chex.assert_trees_all_close(out, attention(q, *written, mask), rtol=1e-5, atol=1e-5)

@@ -168,7 +168,7 @@ def test_the_scope_is_what_is_trained_on(scope: str) -> None:
 
 @pytest.mark.parametrize(
     ("accumulation", "mesh"),
-    [(4, None), (8, None), (1, MeshConfig(fsdp=8)), (2, MeshConfig(fsdp=2, expert=2, tensor=2))],
+    [(4, None), (8, None), (1, MeshConfig(data=2, fsdp=4)), (2, MeshConfig(fsdp=2, expert=2, tensor=2))],
     ids=["4 parts", "8 parts", "8 devices", "2 parts on 8 devices"],
 )
 def test_step_exact_does_not_depend_on_how_the_step_is_computed(accumulation: int, mesh: MeshConfig | None) -> None:

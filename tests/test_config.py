@@ -252,10 +252,12 @@ def test_every_file_in_configs_loads(path: Path) -> None:
     """As a model, a mesh, a plan or a run; what is none of these is a part that another file includes."""
     if path.parent.name == "model":
         assert load_config(ModelConfig, path) == ModelConfig.preset(path.stem)
-    elif path.parent.name == "mesh":
+    elif path.parent.name in ("mesh", "infer"):
         load_config(MeshConfig, path)
-    elif any(f"!include {path.name}" in other.read_text() for other in path.parent.glob("*.yaml")):
-        assert path.name in ("optimizer.yaml", "stages.yaml")
+        assert path.parent.name == "mesh" or ModelConfig.preset(path.stem)
+    elif path.name in ("optimizer.yaml", "s1.yaml", "s2.yaml", "s3.yaml"):
+        included = str(path.relative_to(CONFIGS / "pretrain"))
+        assert any(f"!include {included}" in other.read_text() for other in (CONFIGS / "pretrain").glob("*.yaml"))
     elif stages := load_stages(TrainConfig, path):
         assert list(link_stages(stages)) == ["s1", "s2", "s3"]
     else:

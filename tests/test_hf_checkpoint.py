@@ -22,7 +22,7 @@ from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM
 from qwen3_jax import hf
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.model import Qwen3, stack_layers
-from sharding import MeshConfig, make_mesh, named_shardings
+from sharding import AXIS_RULES, DECODE_RULES, AxisRules, MeshConfig, axis_rules, make_mesh, named_shardings
 
 CONFIGS = {
     "dense": DENSE,
@@ -147,16 +147,18 @@ def test_a_tensor_larger_than_the_limit_has_its_own_file(tmp_path: Path) -> None
     assert_identical(hf.load_checkpoint(tmp_path / "c")[1], params)
 
 
+@pytest.mark.parametrize("rules", [AXIS_RULES, DECODE_RULES], ids=["training", "decoding"])
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("name", ["dense", "mixed"])
-def test_straight_to_the_mesh_and_back(name: str, stacked: bool, tmp_path: Path) -> None:
+def test_straight_to_the_mesh_and_back(name: str, stacked: bool, rules: AxisRules, tmp_path: Path) -> None:
     config = CONFIGS[name]
     params = random_params(config, stacked)
     hf.save_checkpoint(tmp_path / "c", config, params)
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
-    with jax.set_mesh(mesh):
-        loaded = hf.load_checkpoint(tmp_path / "c", mesh=mesh, stacked=stacked)[1]
-    wanted = named_shardings(boxed_shapes(config, stacked), mesh)
+    with axis_rules(rules):
+        with jax.set_mesh(mesh):
+            loaded = hf.load_checkpoint(tmp_path / "c", mesh=mesh, stacked=stacked)[1]
+        wanted = named_shardings(boxed_shapes(config, stacked), mesh)
     split = 0
     for x, sharding, whole in zip(*map(jax.tree.leaves, (loaded, wanted, params)), strict=True):
         assert x.sharding == sharding

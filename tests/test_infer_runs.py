@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -154,17 +153,15 @@ def test_edge_63_over_a_mesh_the_answers_are_the_same(
 
 
 def test_each_process_answers_its_share_in_a_file_of_its_own(
-    folder: Path, whole: dict[tuple[Any, Any], dict[str, Any]]
+    folder: Path, whole: dict[tuple[Any, Any], dict[str, Any]], coordinator_address: str
 ) -> None:
     """Two processes joined by `jax.distributed`."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
     processes = [
         start(
             folder,
             "parts.jsonl",
             *("--samples", str(SAMPLES)),
-            JAX_COORDINATOR_ADDRESS=address,
+            JAX_COORDINATOR_ADDRESS=coordinator_address,
             JAX_NUM_PROCESSES="2",
             JAX_PROCESS_ID=str(i),
         )

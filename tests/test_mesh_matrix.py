@@ -90,7 +90,7 @@ def initial(model: str) -> tuple[Any, Any]:
 @functools.cache
 def run(model: str, mesh_name: str, accumulation: int) -> dict[str, Any]:
     """Logits of a batch, and of both kinds of batches the metrics of three steps and the weights after them."""
-    size = math.prod(dataclasses.asdict(MESHES[mesh_name]).values())
+    size = math.prod(MESHES[mesh_name].axes.values())
     mesh = make_mesh(MESHES[mesh_name], jax.devices()[:size])
     boxed, host = initial(model)
     shardings = named_shardings(boxed, mesh)

@@ -17,7 +17,6 @@ from qwen3_jax.cache import EMPTY, KVCache
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.model import Qwen3, head_weight, stack_layers, unembed, unstack_layers
 from qwen3_jax.model.qwen3 import segment_positions
-from qwen3_jax.ops.loss import cross_entropy
 
 # Layer 0 dense, layers 1 and 2 routed: both kinds of layer, and a run longer than one.
 CONFIG = ModelConfig(
@@ -64,8 +63,8 @@ def value_and_grad(model: Qwen3) -> Any:
     """`value_and_grad(model)(params)`: mean cross-entropy of TOKENS, and its gradient."""
 
     def loss(params: Any) -> jax.Array:
-        logits = model.apply({"params": params}, TOKENS).logits
-        return cross_entropy(logits[:, :-1], TOKENS[:, 1:]).mean()
+        log_probs = jax.nn.log_softmax(model.apply({"params": params}, TOKENS).logits[:, :-1])
+        return -jnp.take_along_axis(log_probs, TOKENS[:, 1:, None], axis=-1).mean()
 
     return jax.jit(jax.value_and_grad(loss))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 
 import chex
@@ -12,8 +14,9 @@ import pytest
 
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.model.layers import MoeMlp
+from qwen3_jax.ops import moe
 from qwen3_jax.ops.loss import load_balance_loss
-from qwen3_jax.ops.moe import dispatch_mask, expert_capacity, moe_capacity, moe_exact, moe_few, route
+from qwen3_jax.ops.moe import dispatch_mask, expert_capacity, join_tables, moe_capacity, moe_exact, moe_few, route
 from sharding import MeshConfig, make_mesh
 
 EXPERTS, TOP_K, WIDTH, HIDDEN = 4, 2, 8, 6
@@ -120,7 +123,9 @@ def plain_moe(x: np.ndarray, gates: np.ndarray, chosen: np.ndarray, capacity: in
 @pytest.mark.parametrize(("capacity", "group_size"), [(2, 4), (3, 8), (8, 8), (5, 16)])
 def test_capacity_mode_against_loops(capacity: int, group_size: int) -> None:
     x, gates, chosen = routed(16)
-    out, dropped = moe_capacity(x, gates, chosen, expert_weights(), capacity=capacity, group_size=group_size)
+    out, dropped = moe_capacity(
+        x, gates, chosen, join_tables(expert_weights()), capacity=capacity, group_size=group_size
+    )
     expected, expected_dropped = plain_moe(*map(np.asarray, (x, gates, chosen)), capacity, group_size)
     assert float(dropped.sum()) == expected_dropped
     assert (expected_dropped == 0) == (capacity == group_size)
@@ -141,7 +146,7 @@ def test_gradients_agree_when_nothing_is_dropped() -> None:
     wanted = jnp.asarray(normal(*x.shape, seed=9))
 
     def capacity(x: jax.Array, gates: jax.Array, experts: tuple) -> jax.Array:
-        return (moe_capacity(x, gates, chosen, experts, capacity=8, group_size=8)[0] * wanted).sum()
+        return (moe_capacity(x, gates, chosen, join_tables(experts), capacity=8, group_size=8)[0] * wanted).sum()
 
     def exact(x: jax.Array, gates: jax.Array, experts: tuple) -> jax.Array:
         return (moe_exact(x, gates, experts) * wanted).sum()
@@ -161,7 +166,7 @@ def test_capacity_mode_is_causal() -> None:
     outs = []
     for later in ((x, gates, chosen), (other_x, other_gates, other_chosen)):
         mixed = [jnp.where(now, a, b) for a, b in zip((x, gates, chosen), later, strict=True)]
-        out, dropped = moe_capacity(*mixed, expert_weights(), capacity=5, group_size=16)
+        out, dropped = moe_capacity(*mixed, join_tables(expert_weights()), capacity=5, group_size=16)
         assert (dropped > 0).all()
         outs.append(out)
     chex.assert_trees_all_equal(outs[0][:, :9], outs[1][:, :9])
@@ -180,7 +185,7 @@ def test_padding_takes_no_place() -> None:
     assert not padded_chosen[:, :4].any()
     assert stats.tokens_B.tolist() == [12, 12]
     assert stats.counts_BE.sum(axis=1).tolist() == [24, 24]
-    weights = expert_weights()
+    weights = join_tables(expert_weights())
     out, dropped = moe_capacity(x, gates, chosen, weights, capacity=5, group_size=12)
     padded_x = jnp.pad(x, pad, constant_values=7.0)
     padded_out, padded_dropped = moe_capacity(padded_x, padded_gates, padded_chosen, weights, capacity=5, group_size=16)
@@ -251,6 +256,28 @@ def test_few_tokens_on_a_mesh() -> None:
         with jax.set_mesh(make_mesh(config)):
             compiled = jax.jit(moe_few).lower(x, gates, weights).compile()
             chex.assert_trees_all_close(jax.device_get(compiled(x, gates, weights)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"expert": 4, "tensor": 2}, {"data": 2, "expert": 2, "tensor": 2}], ids=str)
+def test_sorted_tokens_equal_the_exact_mode(sizes: dict[str, int]) -> None:
+    """As decoding does a prompt, values and derivatives; row 1 is inactive, and every expert is used by some row."""
+    logits = normal(4, 16, FEW_EXPERTS)
+    gates, chosen, _ = route(jnp.asarray(logits), FEW_TOP_K, True, jnp.arange(4)[:, None] != jnp.ones((1, 16), int))
+    x, weights = jnp.asarray(normal(4, 16, WIDTH, seed=1)), few_weights()
+    assert chosen.any(axis=(0, 1)).all()
+
+    def loss(moe: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return lambda *args: jnp.square(moe(*args)).sum()
+
+    def ours(x: jax.Array, gates: jax.Array, weights: tuple[jax.Array, ...]) -> jax.Array:
+        return moe.moe_sorted(x, gates, chosen, weights, top_k=FEW_TOP_K)
+
+    expected = moe_exact(x, gates, weights), jax.grad(loss(moe_exact), argnums=(0, 2))(x, gates, weights)
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=1, **sizes))) if sizes else contextlib.nullcontext():
+        out = jax.jit(ours)(x, gates, weights), jax.jit(jax.grad(loss(ours), argnums=(0, 2)))(x, gates, weights)
+    assert not out[0][1:2].any()
+    for found, fits in zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True):
+        chex.assert_trees_all_close(np.asarray(found), np.asarray(fits), atol=1e-5 * float(jnp.abs(fits).max()), rtol=0)
 
 
 def test_few_tokens_have_the_derivatives_of_the_exact_mode() -> None:
@@ -377,3 +404,28 @@ def test_route_gradient_reaches_the_router_through_prob_sum() -> None:
     expected = np.where(np.asarray(valid)[..., None], expected, 0)
     chex.assert_trees_all_close(grad, expected.astype(np.float32), atol=1e-6)
     assert np.abs(grad).max() > 1e-3
+
+
+@pytest.mark.parametrize("sizes", [(128, 0, 200, 56), (0, 130, 0, 100)])
+def test_the_kernel_of_grouped_products(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A TPU's, interpreted, and its gradients, against a product with each table by itself; an expert without rows has
+    a gradient of zeros, and rows beyond all experts' (the last 154 of the second case) count for nothing."""
+    monkeypatch.setattr(moe, "gmm", functools.partial(moe.gmm, interpret=True))
+    monkeypatch.setattr(moe, "tgmm", functools.partial(moe.tgmm, interpret=True))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, default: tpu(*args))
+    rng = np.random.default_rng(0)
+    x_RD, table_EFD, grad_RF = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((384, 8), (4, 6, 8), (384, 6)))
+    used_R1 = np.arange(384)[:, None] < sum(sizes)
+    bounds = np.cumsum([0, *sizes])
+
+    def kernel(x_RD: jax.Array, table_EFD: jax.Array) -> jax.Array:
+        return jnp.where(used_R1, moe.grouped_product(x_RD, table_EFD, jnp.asarray(sizes)), 0)
+
+    def plain(x_RD: jax.Array, table_EFD: jax.Array) -> jax.Array:
+        parts = [x_RD[bounds[e] : bounds[e + 1]] @ table_EFD[e].T for e in range(4)]
+        return jnp.concatenate([*parts, jnp.zeros((384 - sum(sizes), 6))])
+
+    (ours, ours_vjp), (theirs, theirs_vjp) = (jax.vjp(f, x_RD, table_EFD) for f in (kernel, plain))
+    chex.assert_trees_all_close(ours, theirs, atol=1e-5)
+    grad_x, grad_table = ours_vjp(grad_RF)
+    chex.assert_trees_all_close((jnp.where(used_R1, grad_x, 0), grad_table), theirs_vjp(grad_RF), atol=1e-5)

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.model.layers import MoeMlp
-from sharding import MeshConfig, make_mesh, named_shardings, partition_spec
+from sharding import DECODE_RULES, MeshConfig, axis_rules, make_mesh, named_shardings, partition_spec
 
 CONFIG = ModelConfig(
     vocab_size=8,
@@ -126,15 +126,20 @@ def collectives(text: str, kind: str) -> list[list[tuple[int, int]]]:
 
 @pytest.mark.parametrize("name", MESHES)
 def test_traffic(name: str) -> None:
-    """Tokens go to the experts and back, forward and backward: four all-to-alls. Nothing is gathered but weights, over
-    "fsdp" alone, and their gradients come back by as many reduce-scatters. One sum of activations over "tensor" in
-    each direction is of D numbers a token, not of the K D that experts see."""
+    """Tokens go to the experts and back, forward and backward, their gates with them: six all-to-alls. Nothing is
+    gathered but weights, gate and up as one, over "fsdp" alone, and their gradients come back by as many
+    reduce-scatters. One sum of activations over "tensor" in each direction is of D numbers a token, not of the K D that
+    experts see."""
     mesh = make_mesh(MESHES[name])
     sizes = dict(mesh.shape)
     _, text = on_mesh(DROPPING, mesh)
-    assert len(collectives(text, "all-to-all")) == (4 if sizes["expert"] > 1 else 0)
+    sent = sorted(sum(n for n, _ in results) for results in collectives(text, "all-to-all"))
+    assert len(sent) == (6 if sizes["expert"] > 1 else 0)
+    assert sent[2:] == [n * CONFIG.hidden_size for n in sent[:2] * 2], "per place one gate, and D numbers of a token"
     fsdp = sizes["fsdp"]
-    gathered = [w.size // (1 if k == "router" else sizes["expert"] * sizes["tensor"]) for k, w in PARAMS.items()]
+    own = sizes["expert"] * sizes["tensor"]
+    joined = PARAMS["gate_proj"].size + PARAMS["up_proj"].size
+    gathered = [PARAMS["router"].size, joined // own, PARAMS["down_proj"].size // own]
     assert sorted(chain(*collectives(text, "all-gather"))) == sorted((n, fsdp) for n in gathered if fsdp > 1)
     assert sorted(chain(*collectives(text, "reduce-scatter"))) == sorted(
         (n // fsdp, fsdp) for n in gathered if fsdp > 1
@@ -147,6 +152,26 @@ def test_traffic(name: str) -> None:
         assert sorted(summed)[-3] < activations
     else:
         assert max(summed) <= max(gathered) // fsdp, "gradients of weights, already scattered"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("name", MESHES)
+def test_decoding_moves_tokens_and_no_weights(name: str, rows: int) -> None:
+    """One and two rows choose fewer experts than there are, eight may use them all. The tables lie split over all
+    devices but those of "data", and what is gathered is less than a share of one of them."""
+    mesh, x, valid = make_mesh(MESHES[name]), X[:rows, :1], np.ones((rows, 1), bool)
+    expected, _ = EXACT.apply({"params": PARAMS}, x, valid)
+    with jax.set_mesh(mesh), axis_rules(DECODE_RULES):
+        placed = jax.device_put(PARAMS, named_shardings(BOXED, mesh))
+        program = jax.jit(lambda *args: EXACT.apply({"params": args[0]}, *args[1:])[0])
+        compiled = program.lower(placed, x, valid).compile()
+        out = compiled(placed, x, valid)
+    chex.assert_trees_all_close(jax.device_get(out), jax.device_get(expected), rtol=1e-5, atol=1e-5)
+    share = placed["gate_proj"].addressable_shards[0].data.size
+    assert share * mesh.size == PARAMS["gate_proj"].size * mesh.shape["data"]
+    kinds = ("all-gather", "all-to-all", "collective-permute", "all-reduce")
+    moved = [n for kind in kinds for n, _ in chain(*collectives(compiled.as_text(), kind))]
+    assert max(moved, default=0) <= rows * CONFIG.hidden_size < share
 
 
 def test_groups_must_fit_the_parts_of_a_row() -> None:

@@ -28,7 +28,11 @@ from qwen3_jax.train.step import TrainState, make_train_step
 ROOT = Path(__file__).parent.parent
 PRETRAIN = ROOT / "configs" / "pretrain"
 TOY = PRETRAIN / "toy.yaml"
-SIZES = ["qwen3-0.6b", "qwen3-8b", "qwen3-30b-a3b"]
+SIZES = [
+    *("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b"),
+    *("qwen3-30b-a3b", "qwen3-235b-a22b"),
+]
+CHIPS = {"v6e:4x4": 16, "v5p:4x4x4": 64, "v6e:16x16": 256, "v5p:4x8x8": 256}
 
 
 # The plans as they are written.
@@ -61,12 +65,16 @@ def test_the_stages_are_those_of_the_report(size: str) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_rows_divide_over_the_mesh_that_the_plan_is_laid_out_for(size: str) -> None:
+    """A row of a micro-batch for each of the mesh's batch axes, and as many tokens a chip in every stage."""
+    tokens = set()
     for stage in load_stages(TrainConfig, PRETRAIN / f"{size}.yaml").values():
-        mesh = stage.mesh.sizes(64)
+        chips = CHIPS[stage.mesh.topology or ""]
+        mesh = stage.mesh.sizes(chips)
         rows = stage.data.batch_size // stage.accumulation
         assert rows % (mesh["data"] * mesh["fsdp"] * mesh["expert"]) == 0
-        assert rows * stage.data.sequence_length / 64 == 16384  # tokens a chip, as the files say
-        assert stage.data.sequence_length % mesh["context"] == 0
+        assert stage.data.sequence_length % (2 * mesh["context"]) == 0
+        tokens.add(rows * stage.data.sequence_length // chips)
+    assert tokens in ({8192}, {16384})
 
 
 def test_stages_follow_each_other() -> None:

@@ -11,7 +11,17 @@ from flax import linen as nn
 from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 
-from sharding import AXIS_RULES, MeshConfig, constrain, make_mesh, named_shardings, partition_spec
+from sharding import (
+    AXIS_RULES,
+    DECODE_RULES,
+    MeshConfig,
+    axis_rules,
+    constrain,
+    make_mesh,
+    named_shardings,
+    num_parts,
+    partition_spec,
+)
 
 
 @pytest.mark.parametrize(
@@ -55,13 +65,18 @@ def test_mesh_sizes() -> None:
 
 
 def test_rules_name_mesh_axes_only() -> None:
-    axes = {field.name for field in dataclasses.fields(MeshConfig)}
-    assert {axis for rule in dataclasses.asdict(AXIS_RULES).values() for axis in rule} == axes
+    axes = set(MeshConfig().axes)
+    for table in (AXIS_RULES, DECODE_RULES):
+        rules = [rule for rule in dataclasses.asdict(table).values() if isinstance(rule, tuple)]
+        assert {axis for rule in rules for axis in rule} == axes
 
 
 def test_partition_spec() -> None:
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
-    assert partition_spec(("expert", "mlp", "embed"), mesh, (4, 16, 32)) == P(("expert",), ("tensor",), ("fsdp",))
+    assert partition_spec(("vocab", "embed"), mesh, (16, 32)) == P(("tensor",), ("fsdp",))
+    assert partition_spec(("expert", "mlp", "expert_embed"), mesh, (4, 16, 32)) == P(
+        ("expert", "fsdp"), ("tensor",), None
+    )
     assert partition_spec(("batch", "length", None), mesh) == P(("fsdp", "expert"), None, None)
     only_data = make_mesh(MeshConfig(data=8, fsdp=1))
     assert partition_spec(("vocab", "embed"), only_data) == P(None, None)
@@ -92,6 +107,37 @@ def test_key_value_heads_are_replicated_where_they_do_not_divide() -> None:
         ValueError, match="tensor = 8 does not divide axis 'heads' of size 12; 1, 2, 3, 4, 6 or 12 fits"
     ):
         partition_spec(("heads",), mesh, (12,))
+
+
+def test_decoding_splits_weights_as_far_as_they_divide() -> None:
+    """A weight lies once on the devices of a part of the batch: an axis takes what divides it, "embed" the rest."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
+    with axis_rules(DECODE_RULES):
+        assert partition_spec(("heads", "head_dim", "embed"), mesh, (32, 16, 64)) == P(("tensor", "fsdp"), None, None)
+        assert partition_spec(("kv_heads", "head_dim", "embed"), mesh, (4, 16, 64)) == P(("tensor",), None, ("fsdp",))
+        assert partition_spec(("embed", "heads", "head_dim"), mesh, (64, 6, 16)) == P(("tensor",), ("fsdp",), None)
+        assert partition_spec(("attention_batch", "act_kv_heads"), mesh, (3, 4)) == P(None, ("tensor",))
+        assert partition_spec(("batch", None), mesh, (8, 64)) == P(None, None)
+        with jax.set_mesh(mesh):
+            assert (num_parts("sample_batch"), num_parts("sample_batch", 6), num_parts("sample_batch", 3)) == (8, 2, 1)
+    assert partition_spec(("batch", None), mesh, (8, 64)) == P(("fsdp",), None)
+
+
+def test_rules_hold_within_what_they_decorate() -> None:
+    mesh = make_mesh(MeshConfig(fsdp=8))
+
+    @axis_rules(DECODE_RULES)
+    def rows(size: int) -> P:
+        return partition_spec(("batch",), mesh, (size,))
+
+    assert rows(6) == P(None)
+    with pytest.raises(ValueError, match="does not divide axis 'batch' of size 6"):
+        partition_spec(("batch",), mesh, (6,))
+    with (
+        axis_rules(DECODE_RULES),
+        pytest.raises(ValueError, match=r"'rows' is unknown; one of layers, .*, batch, .* fits"),
+    ):
+        partition_spec(("rows",), mesh)
 
 
 def test_a_mesh_of_several_slices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -310,10 +309,8 @@ def test_a_run_that_changes_its_mesh_has_the_same_losses(folder: Path) -> None:
     np.testing.assert_allclose(losses(moved), losses(eight), rtol=1e-5)
 
 
-def start_many(folder: Path, output: str, count: int, *overrides: str) -> list[subprocess.Popen[str]]:
-    """One run in `count` processes with a device each."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
+def start_many(folder: Path, output: str, address: str, count: int, *overrides: str) -> list[subprocess.Popen[str]]:
+    """One run in `count` processes with a device each, which meet at `address`."""
     return [
         start(
             folder,
@@ -328,11 +325,11 @@ def start_many(folder: Path, output: str, count: int, *overrides: str) -> list[s
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_train_the_same_numbers_as_one(folder: Path, count: int) -> None:
+def test_several_processes_train_the_same_numbers_as_one(folder: Path, count: int, coordinator_address: str) -> None:
     """And one process goes on from their checkpoint with the same."""
     one = on_devices(folder, f"one{count}", count)
     output = f"many{count}"
-    first, *others = [finish(process) for process in start_many(folder, output, count, *SHORT)]
+    first, *others = [finish(process) for process in start_many(folder, output, coordinator_address, count, *SHORT)]
     assert "trained to step 12" in first
     assert not any("step" in other for other in others)
     many = lines_of(folder / output)
@@ -345,9 +342,9 @@ def test_several_processes_train_the_same_numbers_as_one(folder: Path, count: in
     np.testing.assert_allclose(losses(lines_of(folder / output)), losses(one), rtol=1e-6)
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step(folder: Path) -> None:
+def test_a_signal_to_one_process_stops_all_after_the_same_step(folder: Path, coordinator_address: str) -> None:
     """SIGTERM to the process that writes nothing: the other one tells the step, and both end well."""
-    processes = start_many(folder, "both", 2, "--steps", "100000", "--checkpoint_every", "100000")
+    processes = start_many(folder, "both", coordinator_address, 2, "--steps", "100000", "--checkpoint_every", "100000")
     wait_for_lines(processes[0], folder / "both", 5)
     processes[1].send_signal(signal.SIGTERM)
     said, _ = [finish(process) for process in processes]

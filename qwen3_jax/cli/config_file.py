@@ -12,6 +12,8 @@ from typing import Any
 import draccus
 import yaml
 
+from qwen3_jax.config import ModelConfig
+
 T = typing.TypeVar("T")
 
 
@@ -21,7 +23,26 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
     Raises:
       ValueError: one line that names the key, its value and what would fit.
     """
-    return _decode(cls, _read(path), overrides, str(path))
+    return decode_config(cls, _read(path), overrides, str(path))
+
+
+def decode_config(cls: type[T], raw: dict[str, Any], overrides: Sequence[str], where: str) -> T:
+    """`cls` from nested mappings, with `--section.key value` overrides; errors begin with `where`."""
+    unknown = [word for word in overrides if word.startswith("--") and word[2:].split("=")[0] not in _keys(cls)]
+    if unknown:
+        key = unknown[0][2:].split("=")[0]
+        near = difflib.get_close_matches(key, _keys(cls), n=1)
+        raise ValueError(f"--{key}: no such key" + (f"; did you mean --{near[0]}?" if near else ""))
+    try:
+        return draccus.decode(cls, _merged(raw, _parse_overrides(overrides)))
+    except (draccus.utils.DraccusException, yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {_one_line(error)}") from None
+
+
+def load_model(model: str) -> ModelConfig:
+    """A size of configs/model by its name, or a YAML file like those."""
+    is_file = Path(model).suffix in (".yaml", ".yml")
+    return load_config(ModelConfig, model) if is_file else ModelConfig.preset(model)
 
 
 def load_stages(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> dict[str, T]:
@@ -39,7 +60,7 @@ def load_stages(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
     if not isinstance(stages, dict) or not all(isinstance(changes, dict) for changes in stages.values()):
         raise ValueError(f"{path}: stages: {stages!r}; names with what each stage has otherwise fit")
     return {
-        name: _decode(cls, _merged(common, changes), _of_stage(overrides, name, stages), f"{path}: stages.{name}")
+        name: decode_config(cls, _merged(common, changes), _of_stage(overrides, name, stages), f"{path}: stages.{name}")
         for name, changes in stages.items()
     }
 
@@ -55,18 +76,6 @@ def _read(path: str | Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: {raw!r}; keys with values fit")
     return raw
-
-
-def _decode(cls: type[T], raw: dict[str, Any], overrides: Sequence[str], where: str) -> T:
-    unknown = [word for word in overrides if word.startswith("--") and word[2:].split("=")[0] not in _keys(cls)]
-    if unknown:
-        key = unknown[0][2:].split("=")[0]
-        near = difflib.get_close_matches(key, _keys(cls), n=1)
-        raise ValueError(f"--{key}: no such key" + (f"; did you mean --{near[0]}?" if near else ""))
-    try:
-        return draccus.decode(cls, _merged(raw, _parse_overrides(overrides)))
-    except (draccus.utils.DraccusException, yaml.YAMLError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {_one_line(error)}") from None
 
 
 def _parse_overrides(words: Sequence[str]) -> dict[str, Any]:

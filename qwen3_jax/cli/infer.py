@@ -129,8 +129,9 @@ def _prompt(engine: Engine, args: argparse.Namespace, defaults: dict[str, object
 def _file(engine: Engine, args: argparse.Namespace, defaults: dict[str, object]) -> None:
     part, parts = jax.process_index(), jax.process_count()
     output = args.output if parts == 1 else args.output.with_name(f"{args.output.name}-{part:05d}-of-{parts:05d}")
-    if args.batch_size % num_parts("batch"):
-        raise ValueError(f"--batch-size: {args.batch_size}; a multiple of the mesh's {num_parts('batch')} parts fits")
+    row_parts = num_parts("attention_batch")
+    if args.batch_size % row_parts:
+        raise ValueError(f"--batch-size: {args.batch_size}; a multiple of the mesh's {row_parts} parts fits")
     settings = {**defaults, "model": str(args.model.resolve()), "dtype": args.dtype, "logprobs": args.logprobs}
     console = Console(stderr=True)
     with file_progress(console) as report:

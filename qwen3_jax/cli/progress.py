@@ -1,4 +1,4 @@
-"""The progress bars of decoding."""
+"""The progress bars of decoding and planning."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from qwen3_jax.serve.files import Tally
 _SECONDS_PER_LINE = 30
 
 
-def _bar(console: Console) -> Progress:
+def _bar(console: Console, verb: str = "decoded") -> Progress:
     columns = (
-        TextColumn("decoded"),
+        TextColumn(verb),
         MofNCompleteColumn(),
         BarColumn(),
         TextColumn("{task.fields[status]}"),
@@ -64,3 +64,20 @@ def file_progress(console: Console) -> Iterator[Callable[[Tally], None]]:
                 console.print(f"decoded {done}/{tally.samples}: {status.plain}", highlight=False, soft_wrap=True)
 
         yield report
+
+
+@contextmanager
+def planning_progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar of programs compiled; `begin(what)` as each begins. Without a terminal a line for each."""
+    with _bar(console, "compiled") as progress:
+        task, begun = progress.add_task("", total=total, status=""), 0
+
+        def begin(what: str) -> None:
+            nonlocal begun
+            progress.update(task, completed=begun, status=what, refresh=True)
+            begun += 1
+            if not console.is_terminal:
+                console.print(f"compiling {begun}/{total} {what}", highlight=False, markup=False, soft_wrap=True)
+
+        yield begin
+        progress.update(task, completed=total)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from pathlib import Path
 from typing import Any
 
-from qwen3_jax.cli.config_file import load_config
-from qwen3_jax.config import ModelConfig
+from qwen3_jax.cli.config_file import load_model
 from qwen3_jax.optim import step_law
 
 _SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
@@ -71,8 +69,7 @@ def _number(name: str, text: str) -> float:
 
 def _weights(model: str) -> int:
     """Weights of a model without embedding table and head."""
-    is_file = Path(model).suffix in (".yaml", ".yml")
-    config = load_config(ModelConfig, model) if is_file else ModelConfig.preset(model)
+    config = load_model(model)
     tables = 1 if config.tie_word_embeddings else 2
     return config.num_params - tables * config.vocab_size * config.hidden_size
 

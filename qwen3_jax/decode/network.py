@@ -14,6 +14,7 @@ from qwen3_jax.cache import KVCache
 from qwen3_jax.decode.loop import Forward, last_place
 from qwen3_jax.model import Qwen3, head_weight, unembed
 from qwen3_jax.ops import cpu
+from sharding import constrain
 
 
 def network(model: Qwen3, params: Any) -> Forward:
@@ -26,6 +27,8 @@ def network(model: Qwen3, params: Any) -> Forward:
         out: Any = model.apply({"params": weights}, tokens_BT, positions_BT, segment_ids_BT, cache)
         last_B = last_place(segment_ids_BT)[:, None, None]
         hidden_B1D = jnp.take_along_axis(out.hidden, last_B, axis=1)
-        return unembed(hidden_B1D, head_weight(model.config, weights))[:, 0], out.cache
+        logits_BV = unembed(hidden_B1D, head_weight(model.config, weights))[:, 0]
+        # Whole rows on each device: choosing a token makes tens of passes over the vocabulary.
+        return constrain(logits_BV, "sample_batch", None), out.cache
 
     return forward

@@ -23,19 +23,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from qwen3_jax.cache import KVCache
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.decode import budget as bud
 from qwen3_jax.decode.batch import prefill_rows, resume
-from qwen3_jax.decode.budget import ThinkingTokens
+from qwen3_jax.decode.budget import BudgetState, ThinkingTokens
+from qwen3_jax.decode.layout import lay_out, place_weights, row_axes, state_axes
 from qwen3_jax.decode.loop import DecodeState, Rows
 from qwen3_jax.decode.pack import BUCKET, Written, check_request, pack, pack_markers, round_up
 from qwen3_jax.decode.request import Request, Result
-from qwen3_jax.model import Qwen3, unstack_layers
+from qwen3_jax.model import Qwen3
 from qwen3_jax.ops import cpu
-from sharding import constrain, num_parts
+from sharding import DECODE_RULES, axis_rules, num_parts
 
 Watch = Callable[[Hashable, Callable[[], Result]], bool]
 
@@ -44,7 +44,12 @@ _FEW = 4  # rows of a prefill that fills single places
 
 _compiled: set[Any] = set()  # programs, by what they do and for which shapes
 
-_prefill = functools.partial(jax.jit, static_argnames=("model", "max_new"))(prefill_rows)
+run_prefill = functools.partial(jax.jit, static_argnames=("model", "max_new"))(prefill_rows)
+
+
+def most_prefill_rows(slots: int, parts: int) -> int:
+    """Rows with prompts of so many slots that are prefilled together, where the mesh splits rows into `parts`."""
+    return max(_PREFILL_TOKENS // slots // parts * parts, parts)
 
 
 @dataclasses.dataclass
@@ -83,13 +88,11 @@ class _Row:
 class Pool:
     """`rows` places that decode together.
 
-    config, params, tokens, dtype: as for `generate`. On a mesh (`jax.set_mesh`) rows are sharded over its batch axes.
+    config, params, tokens, dtype: as for `generate`.
+    rows: those of the cache are split over the mesh's batch axes; a number that they do not divide costs copies.
     max_new: most tokens that any request may write.
     steps: the loop is left after so many.
     announce: called with (what, seconds) for each program that this process compiles.
-
-    Raises:
-      ValueError: `rows` that the mesh does not divide.
     """
 
     def __init__(
@@ -104,11 +107,9 @@ class Pool:
         steps: int = 32,
         announce: Callable[[str, float], None] | None = None,
     ) -> None:
-        self._parts = num_parts("batch")
-        if rows % self._parts:
-            raise ValueError(f"rows: {rows}; a multiple of {self._parts}, the mesh's batch axes, fits")
+        self._parts = num_parts("attention_batch")
         self._config, self._tokens, self._announce = config, tokens, announce
-        self._params = unstack_layers(config, nn.unbox(params))
+        self._params = place_weights(config, params)
         self._model = Qwen3(config, dtype=dtype)
         self._markers = jax.device_put(pack_markers(tokens, config.vocab_size))
         self._max_new, self._steps = _bucket(max_new), steps
@@ -175,8 +176,7 @@ class Pool:
     def _prefill_size(self, waiting: int, slots: int) -> int:
         """Rows of one prefill: one of two sizes for each prompt length, so that programs are few."""
         few = min(round_up(_FEW, self._parts), len(self._places))
-        most = max(_PREFILL_TOKENS // slots // self._parts * self._parts, self._parts)
-        return min(few if waiting <= few else len(self._places), most)
+        return min(few if waiting <= few else len(self._places), most_prefill_rows(slots, self._parts))
 
     def _prefill(self, admitted: Sequence[tuple[int, _Row, Request]], slots: int, size: int) -> None:
         limits = [row.max_new for _, row, _ in admitted]
@@ -191,7 +191,7 @@ class Pool:
         )
         places: Any = np.array([place for place, _, _ in admitted] + [len(self._places)] * spare, np.int32)
         with self._compiling("prefill", f"{size} x {slots}"):
-            new = _prefill(self._params, packed, self._markers, model=self._model, max_new=self._max_new)
+            new = run_prefill(self._params, packed, self._markers, model=self._model, max_new=self._max_new)
         with self._compiling("admission", f"{size} x {slots} to {self._shape}"):
             self._state, self._rows = _put(self._state, self._rows, new, packed.rows, places)
 
@@ -204,9 +204,9 @@ class Pool:
         ring = max(_bucket(min(row.written + self._steps, row.max_new)) for row in rows)
         if self._state is None:
             with self._compiling("start", f"{len(self._places)} x ({prompt} + {ring})"):
-                self._state, self._rows = _empty(
+                self._state, self._rows = empty_state(
                     self._params,
-                    *self._template(),
+                    *template(self._config, self._tokens),
                     model=self._model,
                     rows=len(self._places),
                     slots=(prompt, ring),
@@ -220,11 +220,6 @@ class Pool:
         if (prompt, ring) != (cache.prompt_slots, cache.ring_slots):
             with self._compiling("resizing", f"{self._shape} to {prompt} + {ring}"):
                 self._state = dataclasses.replace(self._state, cache=_resize(cache, slots=(prompt, ring)))
-
-    def _template(self) -> tuple[Rows, Any]:
-        """Settings and state of one row, for their shapes."""
-        packed = pack([Request((0,), max_new_tokens=1)], [1], self._config, self._tokens, prompt_slots=1)
-        return packed.rows, packed.budget
 
     def _launch(self) -> None:
         with self._compiling("decoding", self._shape):
@@ -276,16 +271,22 @@ def _bucket(n: int) -> int:
     return max(BUCKET, 1 << (n - 1).bit_length())
 
 
-def _sharded(tree: Any) -> Any:
-    """Every array split by its rows."""
-    return jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), tree)
+def template(config: ModelConfig, tokens: ThinkingTokens) -> tuple[Rows, BudgetState]:
+    """Settings and state of one row, for their shapes."""
+    packed = pack([Request((0,), max_new_tokens=1)], [1], config, tokens, prompt_slots=1)
+    return packed.rows, packed.budget
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rows", "slots", "max_new"))
-def _empty(
+@axis_rules(DECODE_RULES)
+def empty_state(
     params: Any, settings: Rows, budget: Any, *, model: Qwen3, rows: int, slots: tuple[int, int], max_new: int
 ) -> tuple[DecodeState, Rows]:
-    """`rows` finished rows, with the shapes of `settings` and `budget`, which are of one row."""
+    """`rows` finished rows, with the shapes of `settings` and `budget`, which are of one row.
+
+    Args:
+      slots: of the cache, for the prompts and the ring.
+    """
     dtype = cpu.cache_dtype(model.dtype or params["embed_tokens"].dtype)
     settings, budget = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), (settings, budget))
     state = DecodeState(
@@ -295,13 +296,13 @@ def _empty(
         logprobs_BM=jnp.zeros((rows, max_new), jnp.float32),
         forced_BM=jnp.zeros((rows, max_new), bool),
         counts_BV=jnp.zeros((rows, model.config.vocab_size), jnp.int32),
-        cache=None,
+        cache=KVCache.create(model.config, rows, slots[0], dtype, slots[1]),
     )
-    cache = KVCache.create(model.config, rows, slots[0], dtype, slots[1])
-    return dataclasses.replace(_sharded(state), cache=cache), _sharded(settings)
+    return lay_out(state, state_axes(state)), lay_out(settings, row_axes(settings))
 
 
 @functools.partial(jax.jit, donate_argnames=("state", "rows"))
+@axis_rules(DECODE_RULES)
 def _put(
     state: DecodeState, rows: Rows, new_state: DecodeState, new_rows: Rows, places_A: jax.Array
 ) -> tuple[DecodeState, Rows]:
@@ -311,14 +312,15 @@ def _put(
         return jax.tree.map(lambda x, y: x.at[places_A].set(y, mode="drop"), old, new)
 
     bare, new_bare = (dataclasses.replace(s, cache=None) for s in (state, new_state))
-    return dataclasses.replace(put(bare, new_bare), cache=state.cache.admit(new_state.cache, places_A)), put(
-        rows, new_rows
-    )
+    state = dataclasses.replace(put(bare, new_bare), cache=state.cache.admit(new_state.cache, places_A))
+    return lay_out(state, state_axes(state)), lay_out(put(rows, new_rows), row_axes(rows))
 
 
 @functools.partial(jax.jit, static_argnames="slots")
+@axis_rules(DECODE_RULES)
 def _resize(cache: KVCache, *, slots: tuple[int, int]) -> KVCache:
-    return cache.resize(*slots)
+    resized = cache.resize(*slots)
+    return lay_out(resized, resized.axes)
 
 
 @functools.partial(jax.jit, donate_argnames="state")

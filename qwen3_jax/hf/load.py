@@ -40,7 +40,8 @@ def load_checkpoint(
       directory: holds config.json and either model.safetensors or model.safetensors.index.json with its files.
       dtype: of the weights: float32, bfloat16 or float16; None keeps the files' (one that holds all parts exactly
         where a stacked weight's parts differ).
-      mesh: where the weights go, each laid out by its logical axes; None is the default device.
+      mesh: where the weights go, each laid out by its logical axes and `sharding.axis_rules`; None is the default
+        device.
       stacked: the layout of the layers, see `qwen3_jax.model.layout`.
       track: wraps the sequence of weights to be read, to show progress.
 

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
-from qwen3_jax.cache import KEY_SLOTS, VALUE_SLOTS
+from qwen3_jax.cache import write_slots
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.ops.arrays import linear
-from qwen3_jax.ops.attention import attention, causal_attention
+from qwen3_jax.ops.attention import attention, attention_before_write, causal_attention
 from qwen3_jax.ops.moe import (
     EXPERT_AXES,
     ROUTER_AXES,
@@ -32,15 +33,19 @@ from qwen3_jax.ops.moe import (
     moe_few,
     moe_layer,
     moe_ragged,
+    moe_sorted,
     route,
     router_logits,
 )
 from qwen3_jax.ops.norm import rms_norm
 from qwen3_jax.ops.rope import apply_rope
 from qwen3_jax.ops.zigzag import num_chunks
-from sharding import constrain, num_parts
+from sharding import constrain, num_parts, split_axes
 
 ExpertDispatch = Literal["einsum", "ragged"]
+Activation = Literal[
+    "qkv", "attention", "mlp", "dispatch"
+]  # what a layer's backward pass may find instead of recompute
 
 
 @struct.dataclass
@@ -50,6 +55,7 @@ class Context:
     cos_BTR, sin_BTR: rotary tables. segment_ids_BT: 0 at padding.
     slot: first cache slot to write, None without a cache. mask_BTS: where in the cache each query may look; None where
       the tokens are whole sequences.
+    write_late: with a mask, layers return new keys and values instead of a cache with them in it.
     """
 
     cos_BTR: jax.Array
@@ -57,6 +63,7 @@ class Context:
     segment_ids_BT: jax.Array
     slot: jax.Array | None = None
     mask_BTS: jax.Array | None = None
+    write_late: bool = struct.field(pytree_node=False, default=False)
 
 
 def declare(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Any) -> jax.Array:
@@ -84,23 +91,28 @@ class Attention(nn.Module):
         q_norm_H = declare(self, "q_norm", (h,), ("norm",), nn.initializers.ones)
         k_norm_H = declare(self, "k_norm", (h,), ("norm",), nn.initializers.ones)
 
-        q_BTNH, k_BTKH, v_BTKH = linear(x_BTD, wq_NHD), linear(x_BTD, wk_KHD), linear(x_BTD, wv_KHD)
+        q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(linear(x_BTD, weight), "qkv") for weight in (wq_NHD, wk_KHD, wv_KHD))
+        # First as the weights lie, then as attention wants it: a single constraint would gather weights.
+        q_BTNH = constrain(q_BTNH, "batch", "length", "heads", None)
+        k_BTKH, v_BTKH = (constrain(x, "batch", "length", "kv_heads", None) for x in (k_BTKH, v_BTKH))
+        q_BTNH = constrain(q_BTNH, "attention_batch", "length", "act_heads", None)
+        k_BTKH, v_BTKH = (constrain(x, "attention_batch", "length", "act_kv_heads", None) for x in (k_BTKH, v_BTKH))
         q_BTNH = apply_rope(rms_norm(q_BTNH, q_norm_H, cfg.rms_norm_eps), context.cos_BTR, context.sin_BTR)
         k_BTKH = apply_rope(rms_norm(k_BTKH, k_norm_H, cfg.rms_norm_eps), context.cos_BTR, context.sin_BTR)
-        q_BTNH = constrain(q_BTNH, "batch", "length", "act_heads", "head_dim")
-        k_BTKH = constrain(k_BTKH, "batch", "length", "act_kv_heads", "head_dim")
-        v_BTKH = constrain(v_BTKH, "batch", "length", "act_kv_heads", "head_dim")
-        if cached is not None and context.slot is not None:
-            k_BKHT, v_BKTH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)
-            k_BKHT, v_BKTH = k_BKHT.astype(cached[0].dtype), v_BKTH.astype(cached[1].dtype)
-            k_BKHS = jax.lax.dynamic_update_slice_in_dim(cached[0], k_BKHT, context.slot, KEY_SLOTS)
-            v_BKSH = jax.lax.dynamic_update_slice_in_dim(cached[1], v_BKTH, context.slot, VALUE_SLOTS)
-            cached = (k_BKHS, v_BKSH)
-        if cached is not None and context.mask_BTS is not None:
-            out_BTNH = attention(q_BTNH, *cached, context.mask_BTS)
+        slot, mask_BTS = context.slot, context.mask_BTS
+        if cached is not None and slot is not None and mask_BTS is not None and context.write_late:
+            out_BTNH = attention_before_write(q_BTNH, k_BTKH, v_BTKH, cached, mask_BTS, slot)
+            cached = (k_BTKH, v_BTKH)
         else:
-            out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, context.segment_ids_BT)
-        out_BTD = linear(out_BTNH, wo_DNH, inputs=2)
+            if cached is not None and slot is not None:
+                cached = write_slots(cached, k_BTKH, v_BTKH, slot)
+            if cached is not None and mask_BTS is not None:
+                out_BTNH = attention(q_BTNH, *cached, mask_BTS)
+            else:
+                out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, context.segment_ids_BT)
+        out_BTNH = constrain(out_BTNH, "attention_batch", "length", "act_heads", None)
+        out_BTNH = constrain(out_BTNH, "batch", "length", "heads", None)
+        out_BTD = checkpoint_name(linear(out_BTNH, wo_DNH, inputs=2), "attention")
         return constrain(out_BTD, "batch", "length", "act_embed"), cached
 
 
@@ -117,7 +129,8 @@ class Mlp(nn.Module):
         gate_FD = declare(self, "gate_proj", (f, d), ("mlp", "embed"), init)
         up_FD = declare(self, "up_proj", (f, d), ("mlp", "embed"), init)
         down_DF = declare(self, "down_proj", (d, f), ("embed", "mlp"), init)
-        hidden_BTF = jax.nn.silu(linear(x_BTD, gate_FD)) * linear(x_BTD, up_FD)
+        gate_BTF, up_BTF = (checkpoint_name(linear(x_BTD, weight_FD), "mlp") for weight_FD in (gate_FD, up_FD))
+        hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
         return linear(constrain(hidden_BTF, "batch", "length", "act_mlp"), down_DF)
 
 
@@ -154,10 +167,19 @@ class MoeMlp(nn.Module):
             dispatch = functools.partial(moe_capacity, capacity=capacity, group_size=group_size)
         else:
             logits_BTE = router_logits(x_BTD, router_ED)
-            gates_BTE, _, stats = route(logits_BTE, cfg.num_experts_per_tok, cfg.norm_topk_prob, valid_BT)
-            choices = batch * length // num_parts("routed_group") * cfg.num_experts_per_tok
-            few = choices <= e and num_parts("embed") == 1
-            return (moe_few if few else moe_exact)(x_BTD, gates_BTE, experts), stats
+            gates_BTE, chosen_BTE, stats = route(logits_BTE, cfg.num_experts_per_tok, cfg.norm_topk_prob, valid_BT)
+            gates_BTE, chosen_BTE = (constrain(x, "batch", "length", None) for x in (gates_BTE, chosen_BTE))
+            if not set(split_axes("routed_group")).isdisjoint(split_axes("expert")):
+                return moe_exact(x_BTD, gates_BTE, experts), stats
+            choices = batch * length // num_parts("routed_group", batch) * cfg.num_experts_per_tok
+            if choices <= e:
+                return moe_few(x_BTD, gates_BTE, experts), stats
+            on_tpu = functools.partial(moe_sorted, top_k=cfg.num_experts_per_tok)
+            args = (x_BTD, gates_BTE, chosen_BTE, experts)
+            out_BTD = jax.lax.platform_dependent(
+                *args, tpu=on_tpu, default=lambda x, gates, _, experts: moe_exact(x, gates, experts)
+            )
+            return out_BTD, stats
         return moe_layer(
             x_BTD,
             valid_BT,
@@ -189,7 +211,7 @@ class Layer(nn.Module):
         attended_BTD, cached = Attention(cfg, name="self_attn")(normed_BTD, context, cached)
         x_BTD = x_BTD + attended_BTD
         scale_D = declare(self, "post_attention_layernorm", (cfg.hidden_size,), ("norm",), ones)
-        normed_BTD = rms_norm(x_BTD, scale_D, cfg.rms_norm_eps)
+        normed_BTD = constrain(rms_norm(x_BTD, scale_D, cfg.rms_norm_eps), "batch", "length", "act_embed")
         stats = None
         if self.moe:
             moe = MoeMlp(cfg, self.capacity_factor, self.group_size, self.expert_dispatch, name="mlp")

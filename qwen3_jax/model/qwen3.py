@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from qwen3_jax.cache import EMPTY, KVCache
+from qwen3_jax.cache import EMPTY, KVCache, write_slots
 from qwen3_jax.config import ModelConfig
-from qwen3_jax.model.layers import Context, ExpertDispatch, Layer, declare
+from qwen3_jax.model.layers import Activation, Context, ExpertDispatch, Layer, declare
 from qwen3_jax.model.layout import is_stacked, layer_name, run_name
+from qwen3_jax.ops import cpu
 from qwen3_jax.ops.arrays import linear, lookup
 from qwen3_jax.ops.moe import RouterStats
 from qwen3_jax.ops.norm import rms_norm
@@ -50,7 +51,9 @@ class Qwen3(nn.Module):
     group_size: tokens that share an expert's places; dispatch costs grow with it, drops shrink.
     expert_dispatch: "einsum" as those two say; "ragged" drops nothing and needs neither, see `moe_ragged`.
     stacked: which layout `init` makes, see `layout`; `apply` takes either, but a cache needs per-layer weights.
-    remat: recompute each layer in the backward pass instead of keeping its activations.
+    remat: recompute each layer in the backward pass instead of keeping its activations, all but those in `keep`:
+      "qkv" (before norm and rotation), "attention" (the kernel's result and the projection of it), "mlp" (gate and up)
+      and, of experts, "dispatch" (tokens at their places).
     """
 
     config: ModelConfig
@@ -60,6 +63,7 @@ class Qwen3(nn.Module):
     expert_dispatch: ExpertDispatch = "einsum"
     stacked: bool = True
     remat: bool = False
+    keep: tuple[Activation, ...] = ()
 
     @nn.compact
     def __call__(
@@ -104,7 +108,7 @@ class Qwen3(nn.Module):
             # As many tokens as slots are all there is: whole sequences.
             if tokens_BT.shape[1] < positions_BS.shape[1]:
                 mask_BTS = positions_BS[:, None, :] <= positions[:, :, None]
-                context = dataclasses.replace(context, mask_BTS=mask_BTS)
+                context = dataclasses.replace(context, mask_BTS=mask_BTS, write_late=cpu.platform() != "cpu")
             x_BTD, router, keys, values = self._cached_layers(x_BTD, context, cache)
             cache = dataclasses.replace(
                 cache,
@@ -132,7 +136,8 @@ class Qwen3(nn.Module):
         # prevent_cse is needed outside a scan only, and costs fusions inside one.
         params = self.variables.get("params", {})
         stacked = self.stacked if self.is_initializing() else is_stacked(self.config, params)
-        body = nn.remat(Layer, prevent_cse=not stacked) if self.remat else Layer
+        policy = jax.checkpoint_policies.save_only_these_names(*self.keep)
+        body = nn.remat(Layer, prevent_cse=not stacked, policy=policy) if self.remat else Layer
         stats: list[RouterStats] = []
         for start, stop in self.config.layer_runs:
             if stacked:
@@ -164,6 +169,13 @@ class Qwen3(nn.Module):
             keys.append(k)
             values.append(v)
             stats += [layer_stats] if layer_stats is not None else []
+        if context.write_late:
+            # A TPU fetches a layer's cache into vector memory to read it. Written while it is there, all of it would
+            # have to go back.
+            x_BTD, keys, values = jax.lax.optimization_barrier((x_BTD, keys, values))
+            layers = zip(cache.keys, cache.values, keys, values, strict=True)
+            written = [write_slots((k, v), new_k, new_v, cache.next_slot) for k, v, new_k, new_v in layers]
+            keys, values = ([pair[i] for pair in written] for i in range(2))
         router = jax.tree.map(lambda *s: jnp.stack(s), *stats) if stats else None
         return x_BTD, router, tuple(keys), tuple(values)
 

@@ -31,17 +31,18 @@ def causal_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, se
     Where the mesh splits sequences (`context`), all four arrays are in zig-zag order, see `ops.zigzag`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    parts, head_parts, kv_heads = num_parts("length"), num_parts("act_heads"), k_BTKH.shape[2]
+    heads, kv_heads = q_BTNH.shape[2], k_BTKH.shape[2]
+    parts, head_parts = num_parts("length"), num_parts("act_heads", heads)
     if kv_heads % head_parts:  # each device gets those of its own queries
         copies = head_parts // math.gcd(kv_heads, head_parts)
         k_BTKH, v_BTKH = (jnp.repeat(x, copies, axis=2) for x in (k_BTKH, v_BTKH))
-    kernel = _splash_kernel(q_BTNH.shape[2] // head_parts, q_BTNH.shape[1], parts)
+    kernel = _splash_kernel(heads // head_parts, q_BTNH.shape[1], parts)
     local = functools.partial(_local_attention, parts=parts)
     if mesh.empty:
         return local(kernel, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-    q_spec = partition_spec(("batch", "length", "act_heads", None), mesh, q_BTNH.shape)
-    kv_spec = partition_spec(("batch", "length", "act_kv_heads", None), mesh, k_BTKH.shape)
-    ids_spec = partition_spec(("batch", "length"), mesh, segment_ids_BT.shape)
+    q_spec = partition_spec(("attention_batch", "length", "act_heads", None), mesh, q_BTNH.shape)
+    kv_spec = partition_spec(("attention_batch", "length", "act_kv_heads", None), mesh, k_BTKH.shape)
+    ids_spec = partition_spec(("attention_batch", "length"), mesh, segment_ids_BT.shape)
     queries = PartitionSpec(None, zigzag.AXIS if parts > 1 else None)
     kernel_spec = None if kernel is None else kernel.manual_sharding_spec(NamedSharding(mesh, queries))
     specs = (kernel_spec, q_spec, kv_spec, kv_spec, ids_spec)
@@ -104,7 +105,11 @@ def _splash_kernel(heads: int, length: int, parts: int) -> splash.SplashAttentio
         use_fused_bwd_kernel=True,
     )
     return splash.make_splash_mha(
-        splash_mask.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=parts
+        splash_mask.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=parts,
+        residual_checkpoint_name="attention",
     )
 
 
@@ -129,10 +134,43 @@ def _cudnn_attention(
     return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_B1TS, is_causal=True, implementation="cudnn")
 
 
+def attention_before_write(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    cached: tuple[jax.Array, jax.Array],
+    mask_BTS: jax.Array,
+    slot: jax.Array,
+) -> jax.Array:
+    """Attention of new tokens to a cache that they are not in yet, and to each other; [B, T, N, H].
+
+    Args:
+      mask_BTS: what each may look at once they are in the cache, at `slot` and after.
+    """
+    length, (k_BKHS, v_BKSH) = q_BTNH.shape[1], cached
+    slots_S = jnp.arange(mask_BTS.shape[-1])
+    old_BTS = mask_BTS & ((slots_S < slot) | (slots_S >= slot + length))
+    new_BTT = jax.lax.dynamic_slice_in_dim(mask_BTS, slot, length, 2)
+    q_BKGTH = _grouped(q_BTNH, k_BTKH.shape[2])
+    dtype = q_BTNH.dtype
+    parts = [
+        (k_BKHS.astype(dtype), v_BKSH.astype(dtype), old_BTS),
+        (k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3), new_BTT),
+    ]
+    scores = [_scores(q_BKGTH, k_BKHS, mask_BTS) for k_BKHS, _, mask_BTS in parts]
+    most = functools.reduce(jnp.maximum, (score.max(axis=-1, keepdims=True) for score in scores))
+    weights = [jnp.exp(score - most) for score in scores]
+    total = sum(weight.sum(axis=-1, keepdims=True) for weight in weights)
+    out_BKGTH = sum(
+        jnp.einsum("BKGTS,BKSH->BKGTH", (weight / total).astype(dtype), v_BKSH, preferred_element_type=jnp.float32)
+        for weight, (_, v_BKSH, _) in zip(weights, parts, strict=True)
+    )
+    return jnp.asarray(out_BKGTH).astype(dtype).transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+
+
 def attention(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     """Attention of each query to the keys its mask shows; [B, T, N, H] in q's dtype. Scores and softmax in float32."""
-    batch, length, _, head_dim = q_BTNH.shape
-    q_BKGTH = q_BTNH.reshape(batch, length, k_BKHS.shape[1], -1, head_dim).transpose(0, 2, 3, 1, 4)
+    length, q_BKGTH = q_BTNH.shape[1], _grouped(q_BTNH, k_BKHS.shape[1])
 
     def on_cpu(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
         attend = cpu.attend_one if length == 1 else _attend
@@ -144,8 +182,17 @@ def attention(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS:
 
 def _attend(q_BKGTH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     k_BKHS, v_BKSH = k_BKHS.astype(q_BKGTH.dtype), v_BKSH.astype(q_BKGTH.dtype)
+    weights = jax.nn.softmax(_scores(q_BKGTH, k_BKHS, mask_BTS), axis=-1).astype(q_BKGTH.dtype)
+    return jnp.einsum("BKGTS,BKSH->BKGTH", weights, v_BKSH)
+
+
+def _scores(q_BKGTH: jax.Array, k_BKHS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     scores = jnp.einsum("BKGTH,BKHS->BKGTS", q_BKGTH, k_BKHS, preferred_element_type=jnp.float32)
     # A large finite number, not -inf: a padding query that may look nowhere then stays finite.
-    scores = jnp.where(mask_BTS[:, None, None], scores * q_BKGTH.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q_BKGTH.dtype)
-    return jnp.einsum("BKGTS,BKSH->BKGTH", weights, v_BKSH)
+    return jnp.where(mask_BTS[:, None, None], scores * q_BKGTH.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+
+
+def _grouped(q_BTNH: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, K, G, T, H]."""
+    batch, length, _, head_dim = q_BTNH.shape
+    return q_BTNH.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)

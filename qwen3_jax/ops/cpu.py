@@ -33,10 +33,14 @@ def lookup_bf16(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
 def cache_dtype(dtype: Any) -> Any:
     """That of a cache for activations of `dtype`. An update of a bfloat16 array widens and narrows all of it, and sums
     of products are taken in float32 anyway. A dtype is in the shapes, so the mesh or the backend decides here."""
+    return jnp.float32 if platform() == "cpu" else dtype
+
+
+def platform() -> str:
+    """Of the devices of the mesh in context, or of the default ones: what the next program will be lowered for."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    return jnp.float32 if platform == "cpu" else dtype
+    return jax.default_backend() if device is None else str(device.platform)
 
 
 def attend_one(q_BKG1H: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_B1S: jax.Array) -> jax.Array:
@@ -51,3 +55,8 @@ def attend_one(q_BKG1H: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_B1
 def keep_in_loop(x: Any) -> Any:
     """`x`, of which nothing may be computed before the loop it is used in: widened weights would be, a second copy."""
     return jax.lax.optimization_barrier(x)
+
+
+def write_once(x: jax.Array) -> jax.Array:
+    """`x`, for two products to read: XLA would compute it for each of them anew, in the order that suits it."""
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)

@@ -16,7 +16,7 @@ from qwen3_jax.config import ModelConfig
 from qwen3_jax.decode import Pool, Request, Result, ThinkingTokens, check_request, generate
 from qwen3_jax.serve.query_mode import query_mode
 from qwen3_jax.tokenizer import TextStream, Tokenizer, load_tokenizer
-from sharding import num_parts
+from sharding import DECODE_RULES, axis_rules
 
 # Qwen3's own settings by mode (model cards and report, section 4.7).
 THINKING_SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0}
@@ -75,7 +75,8 @@ class Engine:
           ValueError: one line that says what the directory lacks.
         """
         tokenizer = load_tokenizer(directory)
-        config, params = hf.load_checkpoint(directory, dtype=dtype, mesh=mesh)
+        with axis_rules(DECODE_RULES):
+            config, params = hf.load_checkpoint(directory, dtype=dtype, mesh=mesh)
         if tokenizer.num_tokens > config.vocab_size:
             raise ValueError(
                 f"vocab_size: {config.vocab_size} in {str(directory)!r}, whose tokenizer has {tokenizer.num_tokens} "
@@ -164,7 +165,7 @@ class Engine:
 
         All the texts together are `text` of the result. What might begin a stop text is held back.
         """
-        pool = self.pool(num_parts("batch"), job.limit, steps=_STREAM_STEPS)
+        pool = self.pool(1, job.limit, steps=_STREAM_STEPS)
         stream = TextStream(self.tokenizer, skip_special=True)
         texts = {True: "", False: ""}  # of the thought and of the answer
         shown = {True: 0, False: 0}

@@ -146,7 +146,8 @@ def decode_file(
             tally.compile_seconds += seconds
             announce(f"compiled {what} in {seconds:.1f} s")
 
-        while rows >= 2 * max(len(waiting), num_parts("batch")) and rows % (2 * num_parts("batch")) == 0:
+        parts = num_parts("attention_batch")
+        while rows >= 2 * max(len(waiting), parts) and rows % (2 * parts) == 0:
             rows //= 2  # a short file does not need all the places
         pool = engine.pool(rows, max(line.limit for line, _ in waiting), announce=compiled)
         with source.open("rb") as file:

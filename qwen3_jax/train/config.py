@@ -7,6 +7,7 @@ from typing import Literal
 
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.data import DataConfig
+from qwen3_jax.model.layers import Activation, ExpertDispatch
 from qwen3_jax.optim import OptimizerConfig, make_schedule
 from qwen3_jax.train.step import RouterConfig
 from sharding import MeshConfig
@@ -19,8 +20,9 @@ class ComputeConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     capacity_factor: float | None = 1.25
     group_size: int = 256
-    expert_dispatch: Literal["einsum", "ragged"] = "einsum"
+    expert_dispatch: ExpertDispatch = "einsum"
     remat: bool = True
+    keep: tuple[Activation, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qwen3_jax.model import Qwen3
-from qwen3_jax.ops.loss import cross_entropy
+from qwen3_jax.model import Qwen3, head_weight
+from qwen3_jax.ops.loss import linear_cross_entropy
 from qwen3_jax.train.feed import Feed
 from qwen3_jax.train.step import Batch
 
@@ -22,8 +22,8 @@ class HeldOut:
 
         def sums(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
             out: Any = model.apply({"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"])
-            nll_BT = cross_entropy(out.logits, batch["targets"])
-            return (nll_BT * batch["loss_weights"]).sum(), batch["loss_weights"].sum()
+            head_VD, weights_BT = head_weight(model.config, params), batch["loss_weights"]
+            return linear_cross_entropy(out.hidden, head_VD, batch["targets"], weights_BT)[0], weights_BT.sum()
 
         self._sums = jax.jit(sums)
 

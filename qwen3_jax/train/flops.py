@@ -8,18 +8,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from qwen3_jax.chips import BY_DEVICE_KIND
 from qwen3_jax.config import ModelConfig
-
-# Dense bfloat16 FLOP/s of one JAX device, from the vendor's data sheets, by a part of `device_kind`.
-_PEAK_FLOPS = {
-    "v4": 275e12,
-    "v5 lite": 197e12,
-    "v5e": 197e12,
-    "v5p": 459e12,
-    "v6 lite": 918e12,
-    "v6e": 918e12,
-    "7x": 1153.5e12,
-}
 
 
 def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
@@ -38,9 +28,8 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 def peak_flops(devices: Sequence[jax.Device]) -> tuple[float, str]:
     """`(FLOP/s of all devices together, where the figure is from)`."""
     kind = devices[0].device_kind
-    for name, peak in _PEAK_FLOPS.items():
-        if devices[0].platform == "tpu" and name in kind.lower():
-            return peak * len(devices), f"data sheet of {kind}"
+    if kind in BY_DEVICE_KIND:
+        return BY_DEVICE_KIND[kind].peak_flops * len(devices), f"data sheet of {kind}"
     # Elsewhere (the CPU above all, whose fake devices share one set of cores): one large matmul, best of three.
     n = 2048
     x = jnp.ones((n, n), jnp.float32)

@@ -7,27 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from rich.console import Console
 
 from qwen3_jax.checkpoint import CHECKPOINTS, Checkpointer
-from qwen3_jax.data import DataConfig
-from qwen3_jax.model import Qwen3
-from qwen3_jax.optim import make_optimizer
 from qwen3_jax.train.config import TrainConfig
 from qwen3_jax.train.evaluation import HeldOut
 from qwen3_jax.train.feed import Feed
-from qwen3_jax.train.guard import skip_bad_steps
 from qwen3_jax.train.ledger import Ledger
+from qwen3_jax.train.program import Program, batch_sharding
 from qwen3_jax.train.record import changes, run_record
 from qwen3_jax.train.report import Report
 from qwen3_jax.train.start import Start, check_output, start_state
-from qwen3_jax.train.step import Batch, Metrics, TrainState, make_train_step
+from qwen3_jax.train.step import Batch, Metrics, TrainState
 from qwen3_jax.train.stop import StopSignal
-from sharding import make_mesh, partition_spec
+from sharding import make_mesh
 
 
 def train(config: TrainConfig, console: Console | None = None) -> TrainState:
@@ -68,33 +64,20 @@ class _Run:
         self, config: TrainConfig, mesh: Mesh, checkpointer: Checkpointer, stop: StopSignal, console: Console
     ) -> None:
         self.config, self.checkpointer, self.stop, self.console = config, checkpointer, stop, console
-        compute = config.compute
-        model = Qwen3(
-            config.model,
-            dtype=jnp.dtype(compute.dtype),
-            capacity_factor=compute.capacity_factor,
-            group_size=compute.group_size,
-            expert_dispatch=compute.expert_dispatch,
-            remat=compute.remat,
-        )
-        optimizer = make_optimizer(config.optimizer, config.steps)
-        self.feed = Feed(config.data, _batch_sharding(config.data, mesh, config.accumulation))
+        program = Program(config, mesh)
+        self.feed = Feed(config.data, batch_sharding(config.data, mesh, config.accumulation))
         self.held_out: HeldOut | None = None
         if config.eval_data is not None:
-            held_out = Feed(config.eval_data, _batch_sharding(config.eval_data, mesh, 1))
-            self.held_out = HeldOut(model, held_out, config.eval_batches)
+            held_out = Feed(config.eval_data, batch_sharding(config.eval_data, mesh, 1))
+            self.held_out = HeldOut(program.model, held_out, config.eval_batches)
         began = time.perf_counter()
-        start = start_state(config, optimizer, mesh, checkpointer, self.feed, self._announce)
+        start = start_state(program, checkpointer, self.feed, self._announce)
         self.state, self.step = start.state, start.step
         self.ledger = Ledger(start.run.get("ledger"))
         self.ledger.book("checkpoint" if start.run else "compile", time.perf_counter() - began)
         self._announce_changes(start)
         self.report = Report(config, mesh, start.step, self.ledger, console)
-        train_step = make_train_step(model, optimizer, config.accumulation, config.router)
-        step = skip_bad_steps(train_step, config.spike_factor)
-        # Metrics must be whole on every process; the state stays where it lies.
-        lies = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        self.step_fn = jax.jit(step, donate_argnums=0, out_shardings=(lies, NamedSharding(mesh, PartitionSpec())))
+        self.step_fn = program.step
         self.compiled: jax.stages.Compiled | None = None
         self.pending: tuple[int, Metrics, Batch] | None = None
         self.failure: str | None = None
@@ -182,9 +165,3 @@ class _Run:
     def _announce_changes(self, start: Start) -> None:
         for line in changes(start.run, self.config) if start.run else []:
             self._announce(f"changed  {line}")
-
-
-def _batch_sharding(data: DataConfig, mesh: Mesh, accumulation: int) -> NamedSharding:
-    # The batch's rows must divide over the mesh; said here in one line rather than by XLA in fifty.
-    spec: Any = partition_spec(("batch", "length"), mesh, (data.batch_size // accumulation, data.sequence_length))
-    return NamedSharding(mesh, spec)

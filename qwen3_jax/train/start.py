@@ -10,21 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
-from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from qwen3_jax import hf
 from qwen3_jax.checkpoint import CHECKPOINTS, Checkpointer, find_whole, restore_params
 from qwen3_jax.config import ModelConfig
-from qwen3_jax.model import Qwen3
-from qwen3_jax.optim import optimizer_shardings
-from qwen3_jax.train.config import TrainConfig
 from qwen3_jax.train.feed import Feed
 from qwen3_jax.train.guard import Guard, GuardedState
+from qwen3_jax.train.program import Program
 from qwen3_jax.train.step import TrainState
-from sharding import named_shardings
 
 # What may differ between the weights' own configuration and the run's: it shapes no weight.
 FREE = {"rope_theta", "rope_scaling", "max_position_embeddings", "initializer_range", "router_aux_loss_coef"}
@@ -52,49 +46,27 @@ def check_output(directory: Path) -> None:
         ) from None
 
 
-def start_state(
-    config: TrainConfig,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    checkpointer: Checkpointer,
-    feed: Feed,
-    announce: Callable[[str], None],
-) -> Start:
+def start_state(program: Program, checkpointer: Checkpointer, feed: Feed, announce: Callable[[str], None]) -> Start:
     """The state to go on from; moves `feed` to where it was.
-
-    Shapes are learnt by `eval_shape` and shardings derived from them; nothing is ever built unsharded.
 
     Raises:
       ValueError: `init_from` is unfit, no checkpoint of this run is whole, or the disk has no room for one.
     """
-    model = Qwen3(config.model)
-    # Nothing but the division over the mesh depends on it: of its rows, and of its tokens in two chunks a device.
-    sample = jnp.zeros((mesh.size, 2 * mesh.size), jnp.int32)
-    boxed = jax.eval_shape(model.init, jax.random.key(0), sample)["params"]
-    params_shardings = named_shardings(boxed, mesh)
-    params = jax.tree.map(_struct, nn.unbox(boxed), params_shardings)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    state_shardings = optimizer_shardings(optimizer, params, params_shardings, replicated)
-    optimizer_state = jax.tree.map(_struct, jax.eval_shape(optimizer.init, params), state_shardings)
-    _check_space(Path(config.output_dir), (params, optimizer_state))
+    config, abstract = program.config, program.state.train
+    _check_space(Path(config.output_dir), abstract)
 
     step = checkpointer.newest_whole(announce)
     if step is not None:
-        *arrays, places, run = checkpointer.restore(step, params, optimizer_state)
+        *arrays, places, run = checkpointer.restore(step, abstract.params, abstract.optimizer)
         feed.set_state(places)
-        guard = jax.device_put(Guard.create(**run["guard"]), replicated)
+        guard = jax.device_put(Guard.create(**run["guard"]), program.replicated)
         return Start(GuardedState(TrainState(*arrays), guard), step, run)
     if config.init_from is not None:
-        weights = _load(Path(config.init_from), config.model, params, mesh, announce)
+        params = _load(Path(config.init_from), config.model, abstract.params, program.mesh, announce)
     else:
-        init = jax.jit(lambda key: nn.unbox(model.init(key, sample))["params"], out_shardings=params_shardings)
-        weights = init(jax.random.key(config.seed))
-    train = TrainState(weights, jax.jit(optimizer.init, out_shardings=state_shardings)(weights))
-    return Start(GuardedState(train, jax.device_put(Guard.create(), replicated)), 0, {})
-
-
-def _struct(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+        params = program.init(jax.random.key(config.seed))
+    train = TrainState(params, program.init_optimizer(params))
+    return Start(GuardedState(train, jax.device_put(Guard.create(), program.replicated)), 0, {})
 
 
 def _check_space(directory: Path, arrays: Any) -> None:

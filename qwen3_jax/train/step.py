@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from qwen3_jax.model import Qwen3
-from qwen3_jax.ops.loss import cross_entropy, is_best, load_balance_loss
+from qwen3_jax.model import Qwen3, head_weight
+from qwen3_jax.ops.loss import linear_cross_entropy, load_balance_loss
 from qwen3_jax.ops.moe import RouterStats
 from sharding import constrain
 
@@ -83,13 +83,9 @@ def make_train_step(
     def loss_fn(params: Any, batch: Batch, totals: Batch, earlier: jax.Array) -> tuple[jax.Array, Sums]:
         """This micro-batch's share of the loss of the whole batch; `earlier` [L, E] are counts of those before it."""
         out = forward(params, batch)
-        weights_BT = batch["loss_weights"]
-        nll_BT = cross_entropy(out.logits, batch["targets"])
-        correct_BT = is_best(out.logits, batch["targets"])
-        sums: Sums = {
-            "loss": (nll_BT * weights_BT).sum() / totals["weights"],
-            "accuracy": (correct_BT * weights_BT).sum() / totals["weights"],
-        }
+        head_VD = head_weight(model.config, params)
+        loss, correct = linear_cross_entropy(out.hidden, head_VD, batch["targets"], batch["loss_weights"])
+        sums: Sums = {"loss": loss / totals["weights"], "accuracy": correct / totals["weights"]}
         loss = sums["loss"]
         if out.router is not None:
             sums |= _router_sums(out.router, totals, earlier, accumulation)

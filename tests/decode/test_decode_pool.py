@@ -19,8 +19,8 @@ from hypothesis import Phase, given, settings
 from qwen3_jax.cache import EMPTY, KVCache
 from qwen3_jax.cli.config_file import load_config
 from qwen3_jax.decode import Pool, Request, Result, generate
-from qwen3_jax.model import Qwen3
-from sharding import MeshConfig, make_mesh, named_shardings
+from qwen3_jax.decode.layout import place_weights
+from sharding import MeshConfig, make_mesh
 
 LONG = dataclasses.replace(CONFIG, max_position_embeddings=256)
 MAX_NEW = 100
@@ -143,35 +143,37 @@ def test_refusals() -> None:
 # Over a mesh ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def mesh() -> Any:
-    path = Path(__file__).parents[2] / "configs" / "mesh" / "cpu8.yaml"
-    return make_mesh(load_config(MeshConfig, path))
+CPU8 = load_config(MeshConfig, Path(__file__).parents[2] / "configs" / "mesh" / "cpu8.yaml")
+MESHES = {
+    "fsdp 2, expert 2, tensor 2": CPU8,
+    "fsdp 4, tensor 2": MeshConfig(fsdp=4, tensor=2),
+    "data 2, tensor 4": MeshConfig(data=2, fsdp=1, tensor=4),
+}
 
 
-def sharded_params(mesh: Any) -> Any:
-    tokens = jnp.zeros((8, 4), jnp.int32)
-    boxed = jax.eval_shape(Qwen3(LONG, stacked=False).init, jax.random.key(0), tokens)["params"]
-    return jax.device_put(params(), named_shardings(boxed, mesh))
+def num_shards(x: jax.Array) -> int:
+    return len({str(shard.index) for shard in x.addressable_shards})
 
 
-def test_edge_63_a_sharded_mesh_gives_the_same_ids(mesh: Any) -> None:
-    """Weights, cache and row state split over eight devices, refilled and closed."""
-    assert mesh.size == 8
+@pytest.mark.parametrize("name", MESHES)
+def test_edge_63_a_sharded_mesh_gives_the_same_ids(name: str) -> None:
+    """Weights, cache and logits split over eight devices, refilled and closed, a batch that divides and one that does
+    not. A device of a replica holds a part of each weight that no other one has, and of each row's keys."""
+    mesh = make_mesh(MESHES[name])
+    data = mesh.shape["data"]
     with jax.set_mesh(mesh):
-        used = Pool(LONG, sharded_params(mesh), tokens=TOKENS, rows=8, max_new=MAX_NEW, steps=8)
+        used = Pool(LONG, params(), tokens=TOKENS, rows=8, max_new=MAX_NEW, steps=8)
         assert_same(decoded(used, range(16)))
         state = used._state
-        for array in (state.tokens_BM, state.budget.phase_B, state.counts_BV, state.cache.positions_BS):
-            assert len({str(shard.index[0]) for shard in array.addressable_shards}) == 4  # rows over fsdp x expert
-        assert len({str(shard.index) for shard in state.cache.keys[0].addressable_shards}) == 8  # and heads over tensor
-        results = generate(LONG, sharded_params(mesh), requests()[:16], tokens=TOKENS)
-    assert_same(dict(enumerate(results)))
-    with (
-        jax.set_mesh(mesh),
-        pytest.raises(ValueError, match=r"^rows: 6; a multiple of 4, the mesh's batch axes, fits$"),
-    ):
-        pool(6)
+        assert num_shards(state.counts_BV) == 8
+        heads = 2 if mesh.shape["tensor"] == 2 else 1  # four devices do not divide two heads
+        assert num_shards(state.cache.keys[0]) == 8 // mesh.shape["tensor"] * heads
+        layer = used._params["layer_1"]
+        for weight in (used._params["embed_tokens"], *layer["self_attn"].values(), *layer["mlp"].values()):
+            whole = weight.ndim == 1 or weight is layer["mlp"].get("router")
+            assert num_shards(weight) == (1 if whole else 8 // data)
+        assert used._params["embed_tokens"] is place_weights(LONG, used._params)["embed_tokens"]
+        assert_same(dict(enumerate(generate(LONG, params(), requests()[:6], tokens=TOKENS))))
 
 
 # The cache -----------------------------------------------------------------------------------------------------------

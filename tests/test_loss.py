@@ -1,0 +1,63 @@
+"""The fused head and cross-entropy against a written-out one, on one device and on a mesh."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen3_jax.ops import loss as loss_module
+from qwen3_jax.ops.loss import linear_cross_entropy
+from sharding import MeshConfig, make_mesh
+
+ROWS, LENGTH, WIDTH, VOCAB = 8, 12, 16, 40
+
+
+def inputs() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((ROWS, LENGTH, WIDTH)).astype(np.float32)
+    head = rng.standard_normal((VOCAB, WIDTH)).astype(np.float32)
+    targets = (hidden @ head.T + 4 * rng.standard_normal((ROWS, LENGTH, VOCAB))).argmax(axis=-1)
+    weights = rng.random((ROWS, LENGTH)).astype(np.float32) * (rng.random((ROWS, LENGTH)) < 0.7)
+    return jnp.asarray(hidden), jnp.asarray(head), jnp.asarray(targets), jnp.asarray(weights)
+
+
+def written_out() -> tuple[float, float, np.ndarray, np.ndarray]:
+    """Loss, accuracy and the loss's two gradients, in float64."""
+    hidden, head, targets, weights = (np.asarray(x, np.float64) for x in inputs())
+    one_hot = targets[..., None] == np.arange(VOCAB)
+    logits = hidden @ head.T
+    probs = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    loss = -(np.log(probs[one_hot].reshape(targets.shape)) * weights).sum()
+    correct = ((logits.argmax(axis=-1) == targets) * weights).sum()
+    of_logits = (probs - one_hot) * weights[..., None]
+    return loss, correct, of_logits @ head, np.einsum("BTV,BTD->VD", of_logits, hidden)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 8, 10**6])
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "expert": 2, "context": 2}])
+def test_loss_and_gradients(mesh: dict[str, int] | None, chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", chunk_tokens * VOCAB * 4)
+    value_and_grad = jax.value_and_grad(
+        lambda *args: jax.tree.map(lambda x: 3 * x, linear_cross_entropy(*args)), (0, 1), has_aux=True
+    )
+    loss, correct, of_hidden, of_head = written_out()
+    with jax.set_mesh(make_mesh(MeshConfig(**(mesh or {"fsdp": 1})), jax.devices()[: 8 if mesh else 1])):
+        (value, accuracy), gradients = jax.jit(value_and_grad)(*inputs())
+        plain = jax.jit(linear_cross_entropy)(*inputs())
+    assert 0.1 < correct / float(inputs()[3].sum()) < 0.9
+    chex.assert_trees_all_close((value / 3, accuracy / 3), (loss, correct), rtol=1e-5)
+    chex.assert_trees_all_close(plain, (loss, correct), rtol=1e-5)
+    for found, expected in zip(gradients, (of_hidden, of_head), strict=True):
+        assert np.abs(found / 3 - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a program that has room for a tenth of the logits, no array is as large as all of them."""
+    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", ROWS * LENGTH * VOCAB * 4 // 10)
+    program = jax.jit(jax.grad(lambda *args: linear_cross_entropy(*args)[0])).lower(*inputs()).as_text()
+    assert f"tensor<{ROWS * LENGTH // 12}x{VOCAB}xf32>" in program
+    assert f"{ROWS * LENGTH}x{VOCAB}x" not in program
+    assert f"{ROWS}x{LENGTH}x{VOCAB}x" not in program
