@@ -1,4 +1,4 @@
-"""The reader of scheduled programs in benchmarks/tpu_decode.py, on a program small enough to add up by hand."""
+"""What benchmarks/tpu_decode.py reads of a decoding program, on one small enough to add up by hand."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from qwen3_jax.aot import dearest_loop, read_cost, read_program
+from qwen3_jax.chips import find_chip
 
 # A cache [4, 8, 128] (8192 bytes), three experts' weights [3, 128, 128] (32768 bytes each), logits [4, 256] (4096).
 PROGRAM = """\
@@ -53,7 +56,9 @@ HloModule step, is_scheduled=true
   %i.3 = s32[]{:T(128)S(6)} get-tuple-element(%arg.3), index=0
   %logits.1 = f32[4,256]{1,0} get-tuple-element(%arg.3), index=1
   %count.1 = f32[4,256]{1,0:T(4,128)S(1)} negate(%logits.1)
-  ROOT %t.2 = (s32[], f32[4,256]) tuple(%i.3, %logits.1)
+  %one.2 = s32[]{:T(128)S(6)} constant(1)
+  %i.5 = s32[]{:T(128)S(6)} add(%i.3, %one.2)
+  ROOT %t.2 = (s32[], f32[4,256]) tuple(%i.5, %logits.1)
 }
 
 %bits_if.1 (arg.4: (s32[], f32[4,256])) -> pred[] {
@@ -126,21 +131,22 @@ def tpu_decode() -> ModuleType:
     return module
 
 
-def test_bytes_of_the_loop_body(tpu_decode: ModuleType) -> None:
+def test_bytes_of_the_loop_body() -> None:
     """The cache's update in place writes the new slot (from VMEM); the cache is then fetched into VMEM once; 1.5
     experts are expected to be read out of three; sampling reads the logits 32 times, which beats greedy's copy."""
-    program = tpu_decode.Program(PROGRAM, used=1.5)
-    assert program.loop() == "body.1"
-    assert program.moved("body.1") == UPDATE + CACHE + 1.5 * EXPERT + 32 * LOGITS
+    program = read_program(PROGRAM)
+    assert dearest_loop(program) == "body.1"
+    cost = read_cost(program, find_chip("v5p"), computation="body.1", unknown_trips=1.5)
+    assert cost.hbm_bytes == UPDATE + CACHE + 1.5 * EXPERT + 32 * LOGITS
 
 
 def test_cache_copies(tpu_decode: ModuleType) -> None:
     """Before the loop there is one from HBM to HBM; the fetch into VMEM inside it and the update are none."""
-    program = tpu_decode.Program(PROGRAM, used=1.5)
-    assert program.copies(program.entry, (4, 8, 128)) == 1
-    assert program.copies("body.1", (4, 8, 128)) == 0
+    program = read_program(PROGRAM)
+    assert tpu_decode.cache_copies(program, program.entry, (4, 8, 128)) == 1
+    assert tpu_decode.cache_copies(program, "body.1", (4, 8, 128)) == 0
     copied = PROGRAM.replace("ROOT %dus.1", "%dus.1").replace(
         "%constant.1, %param_2.1, %constant.1)\n",
         "%constant.1, %param_2.1, %constant.1)\n  ROOT %copy.8 = bf16[4,8,128]{2,1,0} copy(%dus.1)\n",
     )
-    assert tpu_decode.Program(copied, used=1.5).copies("body.1", (4, 8, 128)) == 1
+    assert tpu_decode.cache_copies(read_program(copied), "body.1", (4, 8, 128)) == 1

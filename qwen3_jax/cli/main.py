@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from qwen3_jax.cli import convert, data, demo, pass_at_k, suggest, tiny, tokenize
+from qwen3_jax.cli import convert, data, demo, pass_at_k, plan, suggest, tiny, tokenize
 from qwen3_jax.cli.errors import exits_cleanly
 
 _COMMANDS = {
@@ -14,6 +14,7 @@ _COMMANDS = {
     "pass-at-k": (pass_at_k, "accuracy and pass@k of a file of answers"),
     "data": (data, "what a run has consumed; duplicates, and overlap with evaluation sets"),
     "tokenize": (tokenize, "documents of a run to ArrayRecord shards of token ids"),
+    "plan": (plan, "what a run takes on a slice of TPUs, by compiling for it; no TPU is needed"),
     "suggest": (suggest, "learning rate and batch size by a published scaling law"),
     "tiny-data": (tiny, "write the data that the model that ships is trained on"),
 }
@@ -26,5 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, help_text) in _COMMANDS.items():
         module.add_arguments(commands.add_parser(name, help=help_text, description=help_text))
-    args = parser.parse_args(argv)
+    args, overrides = parser.parse_known_args(argv)
+    if overrides and args.command != "plan":
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    args.overrides = overrides
     _COMMANDS[args.command][0].run(args)

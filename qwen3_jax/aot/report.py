@@ -1,0 +1,292 @@
+"""A compiled program on one page: does it fit, what does it do, and how long does the compiler think it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import jax
+
+from qwen3_jax.aot.cost import Cost, dearest_loop, read_cost
+from qwen3_jax.aot.hlo import read_program
+from qwen3_jax.aot.programs import Work
+from qwen3_jax.chips import Chip, find_chip
+
+_TEMPORARIES = "activations and temporaries"
+_KERNEL_SHARE = 0.6  # of its roofline that a Pallas kernel may rather reach, for a second estimate
+_DEAREST = 6
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_ADVICE = {
+    "parameters": "more chips along mesh.fsdp (or mesh.tensor)",
+    "optimizer": "more chips along mesh.fsdp",
+    "cache": "fewer rows, a shorter context, or more chips",
+    _TEMPORARIES: "fewer tokens a chip at a time (accumulation, mesh.context), remat, or less in compute.keep",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the compiler says of a program; plain numbers, so that JSON holds it.
+
+    what: the program in words. mesh: axes above 1. chip: its name.
+    hbm: bytes per chip by what they hold. capacity: of a chip.
+    tokens: of all chips, that one run takes in or writes. compile_s: seconds that compiling took.
+    The rest is None where the compiler refused the program for its memory:
+    step_s: estimated seconds. slow_step_s: with kernels at 60 % of their roofline. floor_s: that reading what must be
+      read, once and by all chips together, takes; of training None.
+    flops, peak_flops: needed of each chip, and what it could do in a second.
+    seconds: by kind; collectives are those exposed. work: FLOPs by kind and bytes of HBM, as executed, per chip.
+    collectives, dearest: rows of the two tables. compiler: its version.
+    """
+
+    what: str
+    topology: str
+    mesh: dict[str, int]
+    chips: int
+    chip: str
+    hbm: dict[str, float]
+    capacity: float
+    tokens: int
+    compile_s: float
+    compiler: str
+    flops: float
+    peak_flops: float
+    step_s: float | None = None
+    slow_step_s: float | None = None
+    floor_s: float | None = None
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    work: dict[str, float] = dataclasses.field(default_factory=dict)
+    collectives: tuple[dict[str, Any], ...] = ()
+    dearest: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def hbm_bytes(self) -> float:
+        return sum(self.hbm.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.step_s is not None and self.hbm_bytes <= self.capacity
+
+    @property
+    def mfu(self) -> float | None:
+        """Needed FLOPs over what the chips could do in the estimated time."""
+        return self.step_s and self.flops / (self.step_s * self.peak_flops)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.step_s and self.tokens / self.step_s
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Of one chip; infinite where the compiler refused the program."""
+        return self.step_s * self.chips / self.tokens if self.step_s else math.inf
+
+    def dollars_per_billion_tokens(self, price: float) -> float | None:
+        """At a price in dollars per chip and hour."""
+        return self.tokens_per_second and self.chips * price / 3600 * 1e9 / self.tokens_per_second
+
+    def to_json(self, price: float | None = None) -> dict[str, Any]:
+        """All fields and what follows from them."""
+        derived = {"fits": self.fits, "hbm_bytes": self.hbm_bytes, "mfu": self.mfu}
+        derived["tokens_per_second"] = self.tokens_per_second
+        if price is not None:
+            derived["dollars_per_billion_tokens"] = self.dollars_per_billion_tokens(price)
+        return dataclasses.asdict(self) | derived
+
+
+def compile_report(work: Work, topology: str, keep_text: Callable[[str], None] | None = None) -> Report:
+    """Compiles a program and reads what came out.
+
+    Args:
+      keep_text: called with the scheduled HLO.
+    """
+    chip, mesh = find_chip(topology), work.mesh
+    start = time.perf_counter()
+    compiled, refusal = None, ""
+    lowered = work.lower()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        refusal = str(error)
+        if "RESOURCE_EXHAUSTED" not in refusal:
+            raise
+    held = work.held
+    if compiled is None:
+        total = refused_bytes(refusal, sum(held.values()) - work.elsewhere)
+    else:
+        stats = compiled.memory_analysis()
+        assert stats is not None
+        total = stats.peak_memory_in_bytes + stats.generated_code_size_in_bytes
+    total += work.elsewhere
+    report = Report(
+        what=work.what,
+        topology=topology,
+        mesh={axis: size for axis, size in mesh.shape.items() if size > 1},
+        chips=mesh.size,
+        chip=chip.name,
+        hbm=held | {_TEMPORARIES: max(total - sum(held.values()), 0.0)},
+        capacity=chip.hbm_bytes,
+        tokens=work.tokens,
+        compile_s=time.perf_counter() - start,
+        compiler=f"jax {jax.__version__}, libtpu {version('libtpu')}",
+        flops=work.flops / mesh.size,
+        peak_flops=chip.peak_flops,
+        floor_s=work.bytes / mesh.size / chip.hbm_bandwidth if work.bytes else None,
+    )
+    text = compiled and compiled.as_text()
+    if not text:
+        return report
+    if keep_text is not None:
+        keep_text(text)
+    return dataclasses.replace(report, **_read(text, work, chip))
+
+
+def _read(text: str, work: Work, chip: Chip) -> dict[str, Any]:
+    """The fields of a report that the schedule gives."""
+    program = read_program(text)
+    devices: list[Any] = list(work.mesh.devices.flat)
+
+    def cost_at(kernel_share: float) -> Cost:
+        return read_cost(
+            program,
+            chip,
+            [device.coords for device in devices],
+            computation=dearest_loop(program) if work.is_loop else None,
+            kernel_share=kernel_share,
+            unknown_trips=work.unknown_trips,
+        )
+
+    cost = cost_at(1.0)
+    dearest = sorted(cost.operations, key=lambda o: -(o.exposed_s if o.kind == "collective" else o.seconds))
+    return {
+        "step_s": cost.step_s,
+        "slow_step_s": cost_at(_KERNEL_SHARE).step_s if cost.kernel_s else cost.step_s,
+        "seconds": {
+            "matrix products": cost.matmul_s,
+            "kernels": cost.kernel_s,
+            "other": cost.other_s,
+            "collectives": cost.exposed_s,
+        },
+        "work": {"matrix products": cost.matmul_flops, "kernels": cost.kernel_flops, "hbm": cost.hbm_bytes},
+        "collectives": tuple(dataclasses.asdict(c) for c in cost.collectives),
+        "dearest": tuple(
+            {
+                "seconds": o.exposed_s if o.kind == "collective" else o.seconds,
+                "count": o.count,
+                "kind": o.op if o.kind == "collective" else o.kind,
+                "shape": _short(o.shape),
+                "source": _source(o.op_name),
+            }
+            for o in dearest[:_DEAREST]
+        ),
+    }
+
+
+def _short(shape: str) -> str:
+    """A type without its layouts, and of a tuple its first element."""
+    found = re.search(r"\w+\[[\d,]*\]", shape)
+    return found[0] if found else shape
+
+
+def _source(op_name: str) -> str:
+    """The last parts of where in the program an operation comes from."""
+    parts = [part for part in re.split(r"/(?![^(]*\))", op_name) if not part.startswith(("closed_call", "checkpoint"))]
+    return "/".join(parts[-3:])
+
+
+def refused_bytes(message: str, held: float) -> float:
+    """What a program would take of a chip's memory, by the compiler's refusal; infinite where that does not say."""
+    used = re.search(r"Used ([\d.]+)([KMGT])i?B? of", message)
+    temporaries = re.search(r"HLO temporaries \(([\d.]+)([KMGT])", message)
+    if used:
+        return float(used[1]) * _UNITS[used[2]]
+    return held + float(temporaries[1]) * _UNITS[temporaries[2]] if temporaries else math.inf
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def page(report: Report, price: float | None = None) -> str:
+    """The report for people; price: in dollars per chip and hour."""
+    axes = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items()) or "one chip"
+    lines = [
+        report.what,
+        f"on {report.topology}: {report.chips} chips, {axes}",
+        f"compiled in {report.compile_s:.0f} s by XLA:TPU ({report.compiler}); nothing was run",
+        "",
+        *_memory(report),
+    ]
+    if report.step_s is not None:
+        lines += ["", *_estimate(report, price), "", *_tables(report), "", *_CAVEATS]
+    return "\n".join(lines)
+
+
+_CAVEATS = (
+    "Matrix products take the cycles that the compiler estimates; kernels their roofline; all else its bytes at HBM's",
+    "bandwidth; collectives the bytes over the links that they span, less what runs beside them. Loops count as often",
+    "as they run. Not in it: launches, transfers to hosts and between slices, gathers and sorts slower than HBM,",
+    "imbalance. It leans low (a published step took 1.6 times such an estimate): compare it with others of its kind.",
+)
+
+
+def _memory(report: Report) -> list[str]:
+    lines = [f"{'HBM per chip':32}{'GiB':>8}"]
+    lines += [f"  {name:30}{size / 2**30:8.2f}" for name, size in report.hbm.items()]
+    free = (report.capacity - report.hbm_bytes) / 2**30
+    verdict = f"fits, {free:.2f} free" if report.fits else f"DOES NOT FIT, {-free:.2f} too much"
+    lines.append(f"  {'together':30}{report.hbm_bytes / 2**30:8.2f} of {report.capacity / 2**30:.0f}: {verdict}")
+    if not report.fits:
+        largest = max(report.hbm, key=lambda name: report.hbm[name])
+        lines.append(f"  most is {largest}: {_ADVICE[largest]}")
+    return lines
+
+
+def _estimate(report: Report, price: float | None) -> list[str]:
+    assert report.step_s is not None
+    assert report.slow_step_s is not None
+    lines = [f"estimated step                  {_time(report.step_s):>10}"]
+    if report.seconds["kernels"]:
+        lines[0] += f"   ({_time(report.slow_step_s)} with kernels at {_KERNEL_SHARE:.0%} of their roofline)"
+    if report.floor_s:
+        ratio = report.step_s / report.floor_s
+        lines.append(f"  floor, all chips reading      {_time(report.floor_s):>10}   x {ratio:.2f}")
+    else:
+        lines.append(f"  MFU                           {report.mfu:>10.1%}")
+    rate = report.tokens_per_second
+    lines.append(f"  tokens/s                      {rate:>10,.0f}   {(rate or 0) / report.chips:,.1f} a chip")
+    if price is not None:
+        cost = report.dollars_per_billion_tokens(price)
+        lines.append(f"  $ per 10^9 tokens             {cost:>10,.2f}   at {price:g} a chip and hour")
+    return lines
+
+
+def _tables(report: Report) -> list[str]:
+    work = report.work
+    amounts = {
+        "matrix products": f"{work['matrix products']:.3g} FLOPs",
+        "kernels": f"{work['kernels']:.3g} FLOPs",
+        "other": f"{work['hbm'] / 1e9:,.1f} GB of HBM in all",
+        "collectives": "not hidden",
+    }
+    lines = ["per chip and step                     time"]
+    lines += [f"  {kind:28}{_time(spent):>12}   {amounts[kind]}" for kind, spent in report.seconds.items()]
+    if report.collectives:
+        lines += ["", "collectives             devices   count        GB        time     exposed"]
+    for c in report.collectives:
+        name = f"{c['kind']}{'' if c['synchronous'] else ', async'}"
+        numbers = f"{c['count']:8,.0f}{c['bytes'] / 1e9:10,.2f}{_time(c['seconds']):>12}{_time(c['exposed_s']):>12}"
+        lines.append(f"  {name:24}{c['group_size']:5}{numbers}")
+    lines += ["", "dearest                  count        time"]
+    for o in report.dearest:
+        lines.append(f"  {o['kind']:20}{o['count']:8,.0f}{_time(o['seconds']):>12}   {o['shape']}  {o['source']}")
+    return lines
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"

@@ -1,0 +1,151 @@
+"""`qwen3-jax plan`: what a training or decoding run takes on a slice of TPUs, by compiling for it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from qwen3_jax.aot.programs import DecodeConfig, topology_shape, use_compiler
+from qwen3_jax.aot.report import Report, page
+from qwen3_jax.aot.sweep import Job, run_jobs
+from qwen3_jax.cli.config_file import decode_config, load_config, load_model, load_stages
+from qwen3_jax.cli.progress import planning_progress
+from qwen3_jax.evaluate.sweep_plot import plot_sweep
+from qwen3_jax.train import TrainConfig
+from sharding import MeshConfig
+
+_EPILOG = """--section.key value, as of train.py, changes a key of the configuration. Keys of --infer are model, mesh,
+batch and context."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `qwen3-jax plan`."""
+    parser.epilog = _EPILOG
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", type=Path, help="a YAML file of train.py: its train step")
+    what.add_argument("--infer", action="store_true", help="prefill and decode step of infer.py")
+    parser.add_argument("--topology", help="a slice, as v5p:4x4x4 or v5e:4x4; default: the mesh's own")
+    parser.add_argument("--stage", help="with --config: of a plan of stages; default: the first")
+    parser.add_argument("--model", help="with --infer: a size of configs/model by its name, or a YAML file like those")
+    parser.add_argument(
+        "--mesh", type=Path, help="with --infer: YAML of mesh axes; default: tensor over the key-value heads"
+    )
+    parser.add_argument("--batch", type=int, help="with --infer: rows (default: 32)")
+    parser.add_argument("--context", type=int, help="with --infer: room of a row, half of it prompt (default: 8192)")
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("KEY", "VALUE"),
+        help="a key and its values; of several, all combinations are compiled",
+    )
+    parser.add_argument("--plot", type=Path, help="with --sweep: a PNG of step time and memory")
+    parser.add_argument("--price", type=float, help="dollars per chip and hour, for the cost of a billion tokens")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each program")
+    parser.add_argument("--hlo", type=Path, help="keep the scheduled HLO in this directory")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compiles, and prints a page for each program, or of a sweep a table; exits with 1 where one does not fit."""
+    _check(args)
+    use_compiler()
+    jobs = _jobs(args)
+    console = Console(stderr=True)
+    reports: list[tuple[Job, Report]] = []
+    outcomes = run_jobs(jobs, args.hlo)
+    with planning_progress(console, len(jobs)) as begin:
+        for job in jobs:
+            begin(f"{job.label} {job.program}")
+            outcome = next(outcomes)
+            if isinstance(outcome, str):
+                if not args.sweep:
+                    raise ValueError(outcome)
+                console.print(f"{job.label}: {outcome}", highlight=False, markup=False, soft_wrap=True)
+                continue
+            reports.append((job, outcome))
+            if args.json:
+                named = {"label": job.label, "program": job.program}
+                print(json.dumps(named | outcome.to_json(args.price)), flush=True)
+            elif not args.sweep:
+                print(page(outcome, args.price) + "\n", flush=True)
+    # The fastest first, those that do not fit last.
+    reports.sort(key=lambda found: (not found[1].fits, found[1].seconds_per_token))
+    if args.sweep and not args.json:
+        print(_table(reports))
+    if args.plot:
+        plot_sweep(args.plot, [(f"{job.label} {job.program}", report) for job, report in reports])
+    if not args.sweep and not all(report.fits for _, report in reports):
+        sys.exit(1)
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("stage", "model", "mesh", "batch", "context"):
+        other = "config" if name == "stage" else "infer"
+        if getattr(args, name) is not None and not getattr(args, other):
+            raise ValueError(f"--{name}: {getattr(args, name)}; with --{other} it fits")
+    if args.infer and args.model is None:
+        raise ValueError("--model: none; a size of configs/model, such as qwen3-8b, fits")
+    if args.plot and not args.sweep:
+        raise ValueError(f"--plot: {args.plot}; with --sweep it fits")
+    for key, *values in args.sweep:
+        if not values:
+            raise ValueError(f"--sweep {key}: no values; --sweep KEY VALUE [VALUE ...] fits")
+
+
+def _jobs(args: argparse.Namespace) -> list[Job]:
+    """One for each program, and for each combination of what is swept over."""
+    swept = [[(key, value) for value in values] for key, *values in args.sweep]
+    jobs = []
+    for combination in itertools.product(*swept):
+        words = [*args.overrides, *itertools.chain(*((f"--{key}", value) for key, value in combination))]
+        label = " ".join(f"{key}={value}" for key, value in combination)
+        config = _decode_config(args, words) if args.infer else _train_config(args, words)
+        programs = ("prefill", "decode_step") if args.infer else ("train_step",)
+        jobs += [Job(program, config, label) for program in programs]
+    return jobs
+
+
+def _train_config(args: argparse.Namespace, words: list[str]) -> TrainConfig:
+    if args.topology is not None:
+        words = [*words, "--mesh.topology", args.topology]
+    stages = load_stages(TrainConfig, args.config, words)
+    if not stages and args.stage is None:
+        return load_config(TrainConfig, args.config, words)
+    stage = args.stage or next(iter(stages))
+    if stage not in stages:
+        raise ValueError(f"--stage: {stage!r}; {' or '.join(stages) or 'a plan of stages'} fits")
+    return stages[stage]
+
+
+def _decode_config(args: argparse.Namespace, words: list[str]) -> DecodeConfig:
+    model = load_model(args.model)
+    if args.mesh:
+        mesh = load_config(MeshConfig, args.mesh)
+    else:  # key-value heads are the most that tensor splits without copies
+        chips = math.prod(topology_shape(args.topology or ""))
+        mesh = MeshConfig(tensor=math.gcd(model.num_key_value_heads, chips))
+    raw = {"model": dataclasses.asdict(model), "mesh": dataclasses.asdict(mesh)}
+    raw |= {name: getattr(args, name) for name in ("batch", "context") if getattr(args, name) is not None}
+    if args.topology is not None:
+        raw["mesh"]["topology"] = args.topology
+    return decode_config(DecodeConfig, raw, words, "--infer")
+
+
+def _table(reports: list[tuple[Job, Report]]) -> str:
+    width = max((len(job.label) for job, _ in reports), default=0)
+    lines = [f"{'':{width}}  program       step      tokens/s/chip    MFU  HBM GiB"]
+    for job, report in reports:
+        rate = f"{report.tokens_per_second / report.chips:13,.1f}" if report.tokens_per_second else f"{'':13}"
+        mfu = f"{report.mfu:6.1%}" if report.mfu else f"{'':6}"
+        step = f"{report.step_s * 1e3:8,.1f} ms" if report.step_s else f"{'':11}"
+        hbm = f"{report.hbm_bytes / 2**30:7.1f}" + ("" if report.fits else f" of {report.capacity / 2**30:.0f}")
+        lines.append(f"{job.label:{width}}  {job.program:11}{step}  {rate} {mfu}  {hbm}")
+    return "\n".join(lines)
