@@ -4,7 +4,7 @@ VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 TINY := runs/tiny
 
-.PHONY: demo test lint tiny clean
+.PHONY: demo test lint tiny plan-all clean
 
 demo: $(VENV)/.run
 	JAX_PLATFORMS=cpu $(BIN)/qwen3-jax demo
@@ -25,6 +25,16 @@ tiny: $(VENV)/.run
 	rm -rf $(TINY)/model
 	$(BIN)/qwen3-jax convert $(TINY)/pretrain $(TINY)/model
 	$(BIN)/qwen3-jax demo --model $(TINY)/model --plot $(TINY)/budget.png
+
+# Compiles every recipe for its slice, hours on two cores; pages in runs/plan, what was compiled before is not again.
+plan-all: $(VENV)/.test
+	mkdir -p runs/plan
+	for recipe in configs/pretrain/qwen3-*.yaml; do for stage in s1 s3; do \
+	  $(BIN)/qwen3-jax plan --config $$recipe --stage $$stage > runs/plan/$$(basename $$recipe .yaml)-$$stage.txt \
+	    || exit 1; done; done
+	for mesh in configs/infer/*.yaml; do size=$$(basename $$mesh .yaml); \
+	  $(BIN)/qwen3-jax plan --infer --model $$size --mesh $$mesh > runs/plan/$$size-infer.txt || exit 1; done
+	cat runs/plan/*.txt
 
 clean:
 	rm -rf $(VENV) runs

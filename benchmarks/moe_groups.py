@@ -1,7 +1,8 @@
 """Group size and capacity factor of the experts' dispatch: what each costs and drops.
 
 `python benchmarks/moe_groups.py drops` counts dropped choices: of the model that ships on data of its own kind, and of
-routers made uneven on purpose. `python benchmarks/moe_groups.py time --factor 1.25` times the train step of a small
+routers made uneven on purpose (`--experts 128`: of as many as Qwen3 has).
+`python benchmarks/moe_groups.py time --factor 1.25` times the train step of a small
 mixture of experts (8 layers, hidden 512, 32 experts of 256, top 8, batch 4 x 256, float32) for each group size, in
 turns.
 """
@@ -54,13 +55,14 @@ def shipped_drops(batches: int = 8) -> Callable[[int, float], float]:
     return rate
 
 
-def uneven_drops(everywhere: float, by_row: float, rows: int = 64) -> Callable[[int, float], float]:
-    """32 experts, top 8, with random preferences: of all tokens alike, and of each row's own (its topic)."""
+def uneven_drops(
+    experts: int, everywhere: float, by_row: float, rows: int = 64, length: int = 1024
+) -> Callable[[int, float], float]:
+    """Top 8 of the experts, with random preferences: of all tokens alike, and of each row's own (its topic)."""
     rng = np.random.default_rng(0)
-    experts = MINI.num_experts
     bias = everywhere * rng.standard_normal(experts) + by_row * rng.standard_normal((rows, 1, experts))
-    logits = rng.gumbel(size=(rows, LENGTH, experts)) + bias
-    _, chosen, _ = route(jnp.asarray(logits), MINI.num_experts_per_tok, True, jnp.ones((rows, LENGTH), bool))
+    logits = rng.gumbel(size=(rows, length, experts)) + bias
+    _, chosen, _ = route(jnp.asarray(logits), MINI.num_experts_per_tok, True, jnp.ones((rows, length), bool))
 
     def rate(group_size: int, factor: float) -> float:
         counts = np.asarray(chosen).reshape(-1, group_size, experts).sum(axis=1)
@@ -70,17 +72,17 @@ def uneven_drops(everywhere: float, by_row: float, rows: int = 64) -> Callable[[
     return rate
 
 
-def drops() -> None:
-    cases = {
-        "shipped model": shipped_drops(),
-        "even": uneven_drops(0.0, 0.0),
-        "uneven": uneven_drops(0.5, 0.0),
-        "by topic": uneven_drops(0.0, 0.5),
-        "both": uneven_drops(0.5, 0.5),
+def drops(experts: int) -> None:
+    shipped = {"shipped model": shipped_drops()} if experts == MINI.num_experts else {}
+    cases = shipped | {
+        "even": uneven_drops(experts, 0.0, 0.0),
+        "uneven": uneven_drops(experts, 0.5, 0.0),
+        "by topic": uneven_drops(experts, 0.0, 0.5),
+        "both": uneven_drops(experts, 0.5, 0.5),
     }
     print(f"| group | factor | {' | '.join(cases)} |")
     print(f"| --- | --- |{' --- |' * len(cases)}")
-    for group_size in GROUPS:
+    for group_size in GROUPS if shipped else (128, 256, 512, 1024):
         for factor in FACTORS:
             rates = " | ".join(f"{rate(group_size, factor):.1%}" for rate in cases.values())
             print(f"| {group_size} | {factor} | {rates} |", flush=True)
@@ -129,9 +131,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["drops", "time"])
     parser.add_argument("--factor", type=float, default=1.25, help="capacity factor of the timed steps")
+    parser.add_argument("--experts", type=int, default=MINI.num_experts, help="of the uneven routers")
     parser.add_argument("--turns", type=int, default=4)
     args = parser.parse_args()
     if args.what == "drops":
-        drops()
+        drops(args.experts)
     else:
         times(args.factor, args.turns)
