@@ -58,6 +58,11 @@ def test_decoding(tmp_path: Path) -> None:
     assert "floor, all chips reading" in page.stdout
 
 
+def test_a_chip_of_two_cores_is_one_device(tmp_path: Path) -> None:
+    words = "--infer --model qwen3-tiny --topology v4:2x2x1 --batch 16 --context 512".split()
+    assert [record["chips"] for record in records(tmp_path, *words)] == [4, 4]
+
+
 def test_a_sweep_compiles_each_combination_once(tmp_path: Path) -> None:
     words = [*SMALL, "--sweep", "mesh", "{fsdp: 8}", "{data: 2, fsdp: 4}", "--sweep", "compute.remat", "true", "false"]
     done = plan(tmp_path, *words, "--plot", str(tmp_path / "sweep.png"))

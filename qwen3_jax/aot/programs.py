@@ -101,11 +101,13 @@ def topology_mesh(config: MeshConfig) -> Mesh:
     name = config.topology
     if name is None:
         raise ValueError("mesh.topology: None; a slice, such as v5p:4x4x4, fits (--topology)")
-    find_chip(name)
-    shape = topology_shape(name)
-    less_than_a_host = {"chips_per_host_bounds": [*shape, 1, 1][:3]} if math.prod(shape) < 4 else {}
+    shape, options = topology_shape(name), dict[str, Any]()
+    if math.prod(shape) < 4:  # less than a host
+        options["chips_per_host_bounds"] = [*shape, 1, 1][:3]
+    if find_chip(name).name == "v4":  # its two cores are one device where they are not asked for apart
+        options["chip_config_name"] = "megacore"
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **less_than_a_host).devices
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"mesh.topology: {name!r}: {str(error).splitlines()[0]}; such as v5p:4x4x4 fits") from None
     return make_mesh(config, devices)
