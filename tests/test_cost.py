@@ -482,6 +482,27 @@ def test_collective_that_fusions_carry() -> None:
     assert c.matmul_flops == FLOPS
 
 
+def test_what_a_fusion_carries_is_not_moved() -> None:
+    """Part, buffer and gathered array of a collective in flight go through the fusion where they lie: its product reads
+    one array and writes one."""
+    results = f"({X}, {SMALL}, {X}, {X})"
+    c = cost(
+        f"""{PART} %whole = {X} constant({{...}})
+        %y = {results} fusion(%part, %x, %whole), calls=%go_on""",
+        f"""
+%go_on (param_0: bf16[256,1024], param_1: bf16[1024,1024], param_2: bf16[1024,1024]) -> {results} {{
+  %param_0 = {SMALL} parameter(0)
+  %param_1 = {X} parameter(1)
+  %param_2 = {X} parameter(2)
+  %gathered = {X} all-gather(%param_0), {GROUPS}
+  %dot = {X} convolution(%param_1, %param_1), dim_labels=bf_io->bf
+  ROOT %all = {results} tuple(%dot, %param_0, %param_2, %gathered)
+}}
+""",
+    )
+    assert c.hbm_bytes == 2 * BLOCK
+
+
 def test_collective_fused_with_a_product_alone() -> None:
     """No other fusion starts or lands it: it hides under this one."""
     for cycles, exposed in ((5_000_000, GATHER_S - 0.005), (9_000_000, 0)):

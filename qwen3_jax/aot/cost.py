@@ -178,7 +178,8 @@ def read_cost(
 
     Not in it: transfers to the host and between slices, launches, gathers and sorts at less than HBM's bandwidth,
     imbalance, what collectives read and write in HBM. Of a fused computation each parameter is read once, or what is
-    sliced out of it; updates in place write the update. Bytes are those of elements, without what tiles pad.
+    sliced out of it; updates in place write the update; what it carries of a collective in flight stays where it is.
+    Bytes are those of elements, without what tiles pad.
 
     Args:
       coords: of the devices in the order of the mesh, to tell the torus axes of a collective; without, one ring.
@@ -424,12 +425,14 @@ class _Reader:
             elif user.op == "fusion":
                 inner = self._computations[user.computation("calls")]
                 read += self._read(inner, inner.parameters[k], updated)
-            elif not (user.op == "tuple" and updated):
+            elif user.op != "tuple" and user.op not in _COLLECTIVES:  # handed on where it lies, or in flight
                 return whole
         return min(read, whole)
 
     def _written(self, fused: Computation, result: Instruction) -> float:
         """Bytes that a result of a fused computation writes: of a parameter updated in place the updates, else all."""
+        if result.op == "parameter" or result.op in _COLLECTIVES:  # of a collective that is carried along
+            return 0.0
         base, updates = self._updates(fused, result)
         return min(updates, result.bytes) if base is not None and updates else result.bytes
 

@@ -132,11 +132,13 @@ def _moe_local(
 ) -> tuple[jax.Array, RouterStats]:
     """`moe_layer` on one device: tokens of its own, its part of the weights."""
     inner_EJD, down_EDF = join_tables(experts)
-    tables = _gathered(inner_EJD, EXPERT_AXES[0]), _gathered(down_EDF, EXPERT_AXES[2])
-    logits_BTE = router_logits(x_BTD, _gathered(router_ED, ROUTER_AXES))
+    inner_EJD, down_EDF = _for_own_tokens(inner_EJD, EXPERT_AXES[0]), _for_own_tokens(down_EDF, EXPERT_AXES[2])
+    logits_BTE = router_logits(x_BTD, _gathered(_for_own_tokens(router_ED, ROUTER_AXES), ROUTER_AXES))
     gates_BTE, chosen_BTE, stats = route(logits_BTE, top_k, norm_topk_prob, valid_BT)
     # Here and not where tokens meet weights: the gradient is then summed over the axis for D numbers a token, not K D.
     x_BTD = _vary(x_BTD, split_axes("mlp"))
+    x_BTD, inner_EJD = _leave_together((x_BTD, inner_EJD))
+    tables = _gathered(inner_EJD, EXPERT_AXES[0]), _gathered(down_EDF, EXPERT_AXES[2])
     out_BTD, dropped_B = dispatch(x_BTD, gates_BTE, chosen_BTE, tables)
     out_BTD = jax.lax.psum(out_BTD, split_axes("mlp"))
     stats = dataclasses.replace(stats, dropped_B=dropped_B)
@@ -149,11 +151,24 @@ def join_tables(experts: Experts) -> Tables:
     return jnp.concatenate([gate_EFD, up_EFD], axis=1), down_EDF
 
 
-def _gathered(weight: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """A weight with these logical axes, whole but for what the axes "expert" and "tensor" of the mesh split. Its
-    gradient is then scattered as it was gathered, and only after that summed over the others that split the tokens."""
+def _for_own_tokens(weight: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """A weight with these logical axes; its gradient is here summed over those that split tokens and not the weight."""
     split = [axis for name in names for axis in split_axes(name)]
-    weight = _vary(weight, tuple(axis for axis in split_axes("batch") + split_axes("length") if axis not in split))
+    return _vary(weight, tuple(axis for axis in split_axes("batch") + split_axes("length") if axis not in split))
+
+
+@jax.custom_vjp
+def _leave_together(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """`xs`; backward, no gradient is used before all are there. The largest table's is then scattered while those of
+    the rest of the layer are computed: by itself XLA:TPU does that last, and waits with nothing left beside it."""
+    return xs
+
+
+_leave_together.defvjp(lambda xs: (xs, None), lambda _, grads: (jax.lax.optimization_barrier(grads),))
+
+
+def _gathered(weight: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """A weight whole but for what the axes "expert" and "tensor" of the mesh split; its gradient is scattered."""
     axes = split_axes("embed")
     if not axes:
         return weight
