@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from sharding import split_over_replicas
+
 # The axes that make each weight the matrix it multiplies by, counted from the end: what is before them (layers,
 # experts) are matrices of their own. The heads of a projection are rows (or, of o_proj, columns) of one matrix, as in
 # Jordan's and Liu's code; no matrix is cut into heads.
@@ -151,14 +153,15 @@ def ema_params(optimizer_state: Any) -> Any:
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any, scalar: Any) -> Any:
-    """Shardings of the optimiser's state: what is shaped as a weight lies as it does, all else as `scalar`.
+    """Shardings of the optimiser's state: what is shaped as a weight lies as it does, its copies split; all else as
+    `scalar`.
 
     Args:
       params: the weights, abstract ones do. shardings: theirs.
     """
 
     def lie(leaf: Any, sharding: Any) -> Any:
-        return leaf if isinstance(leaf, optax.MaskedNode) else sharding
+        return leaf if isinstance(leaf, optax.MaskedNode) else split_over_replicas(sharding, leaf.shape)
 
     return optax.tree_map_params(
         optimizer,

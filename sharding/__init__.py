@@ -16,6 +16,7 @@ from sharding.axes import (
     partition_spec,
     spec_axes,
     split_axes,
+    split_over_replicas,
 )
 from sharding.mesh import MeshConfig, make_mesh
 from sharding.processes import start_processes
@@ -33,5 +34,6 @@ __all__ = [
     "partition_spec",
     "spec_axes",
     "split_axes",
+    "split_over_replicas",
     "start_processes",
 ]

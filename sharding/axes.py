@@ -186,3 +186,18 @@ def named_shardings(boxed: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, partition_spec(leaf.names, mesh, leaf.value.shape))
 
     return jax.tree.map(sharding, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+
+
+def split_over_replicas(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """As `sharding`, and the largest part of an axis that `data` divides is split over it too; where there is none, the
+    copies stay. For what only an update of the weights reads (ZeRO-1, Rajbhandari et al. 2020)."""
+    copies = sharding.mesh.shape.get("data", 1)
+    spec = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
+    parts = sharding.shard_shape(tuple(shape))
+    dividing = [axis for axis, size in enumerate(parts) if size % copies == 0]
+    if copies == 1 or not dividing:
+        return sharding
+    axis = max(dividing, key=lambda axis: parts[axis])
+    split = spec[axis] or ()
+    spec[axis] = (*((split,) if isinstance(split, str) else split), "data")
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +158,10 @@ def test_without_an_average_none_is_kept() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_on_eight_devices_the_state_lies_as_the_weights_do_and_the_numbers_stay(name: str, tmp_path: Path) -> None:
-    """On a mesh of fsdp, expert and tensor, each moment and the average have the sharding of their weight, stay there
-    through a step, come back from a checkpoint, and the step is that of one device."""
-    mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
+def test_on_eight_devices_the_state_is_split_and_the_numbers_stay(name: str, tmp_path: Path) -> None:
+    """On a mesh of data, fsdp and tensor, each moment and the average are split as their weight is and its two copies
+    are not, stay there through a step, come back from a checkpoint, and the step is that of one device."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     model = Qwen3(ModelConfig.preset("qwen3-tiny"))
     boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     shardings, scalar = named_shardings(boxed, mesh), NamedSharding(mesh, PartitionSpec())
@@ -169,12 +170,16 @@ def test_on_eight_devices_the_state_lies_as_the_weights_do_and_the_numbers_stay(
     params = jax.device_put(alone, shardings)
     optimizer = make_optimizer(OptimizerConfig(0.1, 0, name=name, ema_decay=0.5), 9)
     state_shardings = optimizer_shardings(optimizer, params, shardings, scalar)
-    of_path = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)}
+    of_path = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     moments = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(state_shardings):
-        weight = next((name for name in of_path if jax.tree_util.keystr(path).endswith(name)), None)
-        assert leaf == (scalar if weight is None else of_path[weight])
-        moments += weight is not None
+        weight = next((x for name, x in of_path.items() if jax.tree_util.keystr(path).endswith(name)), None)
+        if weight is None:
+            assert leaf == scalar
+            continue
+        whole, held = (math.prod(x.shard_shape(weight.shape)) for x in (weight.sharding, leaf))
+        assert whole == 2 * held
+        moments += 1
     matrices = sum("_proj" in path for path in of_path)
     assert moments == 3 * len(of_path) - (matrices if name == "muon" else 0)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 from jax.experimental import topologies
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sharding import (
@@ -21,6 +22,7 @@ from sharding import (
     named_shardings,
     num_parts,
     partition_spec,
+    split_over_replicas,
 )
 
 
@@ -169,3 +171,20 @@ def test_named_shardings() -> None:
     shardings = named_shardings(boxed, mesh)
     assert shardings["w"].spec == P(("tensor",), ("fsdp",))
     assert shardings["step"].spec == P()
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "split"),
+    [
+        (P(), (8, 4), P("data", None)),
+        (P("fsdp", None), (8, 6), P("fsdp", "data")),  # parts of 4 and 6
+        (P(None, "fsdp"), (3, 24), P(None, ("fsdp", "data"))),
+        (P(), (3,), P()),
+        (P(), (), P()),
+    ],
+)
+def test_copies_are_split(spec: P, shape: tuple[int, ...], split: P) -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    assert split_over_replicas(NamedSharding(mesh, spec), shape) == NamedSharding(mesh, split)
+    alone = NamedSharding(make_mesh(MeshConfig(fsdp=8)), spec)
+    assert split_over_replicas(alone, shape) == alone
