@@ -15,7 +15,8 @@ from jax.sharding import AxisType, Mesh
 class MeshConfig:
     """Devices along each mesh axis; one axis may be -1: all devices that the others leave.
 
-    data: replicas of the weights, each with its share of the batch; the axis that spans slices.
+    data: replicas of the weights, each with its share of the batch and of the optimiser's state (ZeRO-1); the axis that
+      spans slices.
     fsdp: splits the batch and, along their embedding axis, the weights (ZeRO-3).
     expert: splits the batch and the experts; tokens travel by all-to-all.
     context: splits the sequence; queries stay, keys and values are gathered.
