@@ -54,6 +54,10 @@ def test_decoding(tmp_path: Path) -> None:
     assert step["tokens"] == 16
     assert step["step_s"] / step["floor_s"] >= 1
     assert prefill["hbm"]["cache"] == step["hbm"]["cache"] > 0
+    # Layers are no loop here: what they have in common is one row.
+    rows = [(row["kind"], row["shape"], row["source"]) for row in step["dearest"]]
+    assert len(set(rows)) == len(rows)
+    assert any(row["count"] % 3 == 0 for row in step["dearest"])
     page = plan(tmp_path, *words)
     assert "floor, all chips reading" in page.stdout
 

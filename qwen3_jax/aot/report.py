@@ -6,13 +6,13 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from typing import Any
 
 import jax
 
-from qwen3_jax.aot.cost import Cost, dearest_loop, read_cost
+from qwen3_jax.aot.cost import Cost, Operation, dearest_loop, read_cost
 from qwen3_jax.aot.hlo import read_program
 from qwen3_jax.aot.programs import Work
 from qwen3_jax.chips import Chip, find_chip
@@ -20,10 +20,13 @@ from qwen3_jax.chips import Chip, find_chip
 _TEMPORARIES = "activations and temporaries"
 _KERNEL_SHARE = 0.6  # of its roofline that a Pallas kernel may rather reach, for a second estimate
 _DEAREST = 6
+_SCAFFOLD = re.compile(
+    r"closed_call|checkpoint|rematted_computation|while|body|cond|branch_\d+_fun|shard_map|layers?_[\d_]+|dot_general"
+)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _ADVICE = {
     "parameters": "more chips along mesh.fsdp (or mesh.tensor)",
-    "optimizer": "more chips along mesh.fsdp",
+    "optimizer": "more chips along mesh.fsdp (or mesh.data)",
     "cache": "fewer rows, a shorter context, or more chips",
     _TEMPORARIES: "fewer tokens a chip at a time (accumulation, mesh.context), remat, or less in compute.keep",
 }
@@ -162,7 +165,6 @@ def _read(text: str, work: Work, chip: Chip) -> dict[str, Any]:
         )
 
     cost = cost_at(1.0)
-    dearest = sorted(cost.operations, key=lambda o: -(o.exposed_s if o.kind == "collective" else o.seconds))
     return {
         "step_s": cost.step_s,
         "slow_step_s": cost_at(_KERNEL_SHARE).step_s if cost.kernel_s else cost.step_s,
@@ -174,17 +176,24 @@ def _read(text: str, work: Work, chip: Chip) -> dict[str, Any]:
         },
         "work": {"matrix products": cost.matmul_flops, "kernels": cost.kernel_flops, "hbm": cost.hbm_bytes},
         "collectives": tuple(dataclasses.asdict(c) for c in cost.collectives),
-        "dearest": tuple(
-            {
-                "seconds": o.exposed_s if o.kind == "collective" else o.seconds,
-                "count": o.count,
-                "kind": o.op if o.kind == "collective" else o.kind,
-                "shape": _short(o.shape),
-                "source": _source(o.op_name),
-            }
-            for o in dearest[:_DEAREST]
-        ),
+        "dearest": _dearest(cost.operations),
     }
+
+
+def _dearest(operations: Iterable[Operation]) -> tuple[dict[str, Any], ...]:
+    """What takes longest; of layers that are not a loop, and of their recomputation, alike ones added up."""
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for o in operations:
+        collective = o.kind == "collective"
+        names = {
+            "kind": o.op if collective else o.kind,
+            "shape": _short(o.shape),
+            "source": _source(o.op_name),
+        }
+        row = rows.setdefault(tuple(names.values()), {"seconds": 0.0, "count": 0.0} | names)
+        row["seconds"] += o.exposed_s if collective else o.seconds
+        row["count"] += o.count
+    return tuple(sorted(rows.values(), key=lambda row: -row["seconds"])[:_DEAREST])
 
 
 def _short(shape: str) -> str:
@@ -194,9 +203,9 @@ def _short(shape: str) -> str:
 
 
 def _source(op_name: str) -> str:
-    """The last parts of where in the program an operation comes from."""
-    parts = [part for part in re.split(r"/(?![^(]*\))", op_name) if not part.startswith(("closed_call", "checkpoint"))]
-    return "/".join(parts[-3:])
+    """The last parts of where in the program an operation comes from, without those that say nothing of what it is."""
+    parts = re.split(r"/(?![^(]*\))", op_name)
+    return "/".join([part for part in parts if not _SCAFFOLD.fullmatch(part)][-3:])
 
 
 def refused_bytes(message: str, held: float) -> float:
