@@ -73,11 +73,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = config.sizes(len(devices))
     auto = (AxisType.Auto,) * len(sizes)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # An axis of the network may hold two of the mesh's, where no other way fits.
     if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
+        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+        return Mesh(grid, tuple(sizes), axis_types=auto)
     if sizes["data"] % slices:
         raise ValueError(f"mesh.data: {sizes['data']} on {slices} slices; a multiple of {slices} fits")
     within = {**sizes, "data": sizes["data"] // slices}
     between = {**dict.fromkeys(sizes, 1), "data": slices}
-    grid = mesh_utils.create_hybrid_device_mesh(tuple(within.values()), tuple(between.values()), devices)
+    grid = mesh_utils.create_hybrid_device_mesh(
+        tuple(within.values()), tuple(between.values()), devices, allow_split_physical_axes=True
+    )
     return Mesh(grid, tuple(sizes), axis_types=auto)

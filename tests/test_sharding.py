@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -142,12 +143,28 @@ def test_rules_hold_within_what_they_decorate() -> None:
         partition_spec(("rows",), mesh)
 
 
-def test_a_mesh_of_several_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`data` spans the slices and nothing else does, on the topology of two v5e slices."""
+@pytest.fixture
+def describe_slices(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sequence[jax.Device]]:
+    """The devices of slices that are not there, by topology and number."""
     pytest.importorskip("libtpu", reason="describes TPU topologies: pip install libtpu")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
+
+    def describe(name: str, **options: int) -> Sequence[jax.Device]:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+
+    return describe
+
+
+def test_mesh_axes_may_share_an_axis_of_the_network(describe_slices: Callable[..., Sequence[jax.Device]]) -> None:
+    """8 is no product of sides of 4 x 4 x 4."""
+    mesh = make_mesh(MeshConfig(data=8, fsdp=8), describe_slices("v5p:4x4x4"))
+    assert len({tuple(device.coords) for device in mesh.devices.flat}) == 64
+
+
+def test_a_mesh_of_several_slices(describe_slices: Callable[..., Sequence[jax.Device]]) -> None:
+    """`data` spans the slices and nothing else does, on the topology of two v5e slices."""
+    devices = describe_slices("v5e:2x2", num_slices=2)
     mesh = make_mesh(MeshConfig(data=2, tensor=2), devices)
     assert mesh.shape == {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
     assert [{device.slice_index for device in replica.flat} for replica in mesh.devices] == [{0}, {1}]
