@@ -79,7 +79,7 @@ class Program:
         moments = jax.tree.map(_struct, jax.eval_shape(self.optimizer.init, params), optimizer_lies)
         guard = jax.tree.map(lambda x: _struct(x, self.replicated), jax.eval_shape(Guard.create))
         self.state = GuardedState(TrainState(params, moments), guard)
-        step = make_train_step(self.model, self.optimizer, config.accumulation, config.router)
+        step = make_train_step(self.model, self.optimizer, config.accumulation, config.router, lies)
         # Metrics must be whole on every process; the state stays where it lies.
         state_lies = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         self.step = jax.jit(

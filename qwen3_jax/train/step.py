@@ -61,7 +61,11 @@ class RouterConfig:
 
 
 def make_train_step(
-    model: Qwen3, optimizer: optax.GradientTransformation, accumulation: int, router: RouterConfig | None = None
+    model: Qwen3,
+    optimizer: optax.GradientTransformation,
+    accumulation: int,
+    router: RouterConfig | None = None,
+    shardings: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """`step(state, batch) -> (state, metrics)`, to be jitted.
 
@@ -72,6 +76,10 @@ def make_train_step(
     so E gradients kept apart would do without that pass, at E times the memory.)
 
     Metrics are scalars, `router/<name>` [L], and `router/load` [L, E]: see `_router_metrics`.
+
+    Args:
+      shardings: of the weights. Gradients then lie like them until the optimiser takes its parts: XLA:TPU would split
+        them over `data` in each layer, and wait for it there.
     """
     router = router or RouterConfig()
     aux_coef = model.config.router_aux_loss_coef
@@ -117,6 +125,8 @@ def make_train_step(
             shapes = jax.eval_shape(lambda: gradient(state.params, first, totals, earlier))
             (_, sums), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (sums, grads), _ = jax.lax.scan(add, (sums, grads), micro)
+        if shardings is not None:
+            grads = jax.lax.with_sharding_constraint(grads, shardings)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": sums["loss"], "accuracy": sums["accuracy"], "grad_norm": optax.tree.norm(grads)}
