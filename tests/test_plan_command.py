@@ -69,9 +69,11 @@ def test_a_chip_of_two_cores_is_one_device(tmp_path: Path) -> None:
 
 def test_a_sweep_compiles_each_combination_once(tmp_path: Path) -> None:
     words = [*SMALL, "--sweep", "mesh", "{fsdp: 8}", "{data: 2, fsdp: 4}", "--sweep", "compute.remat", "true", "false"]
-    done = plan(tmp_path, *words, "--plot", str(tmp_path / "sweep.png"))
+    done = plan(tmp_path, *words, "--price", "4.2", "--plot", str(tmp_path / "sweep.png"))
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()[1:]
+    costs = [float(row.split()[-1]) for row in rows]
+    assert costs == sorted(costs)
     assert len(rows) == 4
     rates = [float(row.split("ms")[1].split()[0].replace(",", "")) for row in rows]
     assert rates == sorted(rates, reverse=True)
@@ -117,6 +119,7 @@ def test_recipes_fit(tmp_path: Path, size: str) -> None:
         ([*TINY, "--batch", "3"], "--batch: 3; with --infer it fits"),
         ([*TINY, "--compute.kep", "[]"], "--compute.kep: no such key; did you mean --compute.keep?"),
         ([*TINY, "--sweep", "mesh"], "--sweep mesh: no values"),
+        ([*TINY, "--price", "-3"], "--price: -3.0; a number >= 0 fits"),
         ([*TINY, "--plot", "x.png"], "--plot: x.png; with --sweep it fits"),
         (["--infer", "--topology", "v5e:2x4"], "--model: none"),
         (["--infer", "--model", "qwen3-9b", "--topology", "v5e:2x4"], "model preset: 'qwen3-9b' is unknown"),

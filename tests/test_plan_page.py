@@ -55,10 +55,13 @@ def test_a_page_adds_up() -> None:
     assert "together 14.50 of 16: fits, 1.50 free".split() in lines
     assert "MFU 40.0%".split() in lines
     assert "tokens/s 52,429 3,276.8 a chip".split() in lines
-    assert "$ per 10^9 tokens 305.18 at 3.6 a chip and hour".split() in lines
+    assert "$ per 10^9 tokens 305.18 at $3.6 a chip and hour".split() in lines
     assert "all-gather, async 16 56 3.20 250.00 ms 125.00 ms".split() in lines
     assert "matmul 28 500.00 ms bf16[8,8] body/dot_general".split() in lines
     assert "$" not in page(REPORT)
+    assert "waiting for HBM 0.00 ms 200.0 GB, copies beside all of these included".split() in lines
+    slower = words(page(dataclasses.replace(REPORT, step_s=1.5)))
+    assert "waiting for HBM 250.00 ms 200.0 GB, copies beside all of these included".split() in slower
     assert REPORT.to_json(3.6)["dollars_per_billion_tokens"] == pytest.approx(305.18, abs=0.01)
     assert REPORT.to_json()["mfu"] == pytest.approx(0.4)
 

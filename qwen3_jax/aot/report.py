@@ -238,9 +238,10 @@ def page(report: Report, price: float | None = None) -> str:
 
 _CAVEATS = (
     "Matrix products take the cycles that the compiler estimates; kernels their roofline; all else its bytes at HBM's",
-    "bandwidth; collectives the bytes over the links that they span, less what runs beside them. Loops count as often",
-    "as they run. Not in it: launches, transfers to hosts and between slices, gathers and sorts slower than HBM,",
-    "imbalance. It leans low (a published step took 1.6 times such an estimate): compare it with others of its kind.",
+    "bandwidth; collectives the bytes over the links that they span, exposed for as long as nothing runs beside them,",
+    "waiting for others on the same links included. A step takes at least all its HBM bytes. Loops count as often as",
+    "they run. Not in it: launches, transfers to hosts and between slices, gathers and sorts slower than HBM, imbalance. It",
+    "leans low (a published step took 1.6 times such an estimate): compare it with others of its kind.",
 )
 
 
@@ -271,7 +272,7 @@ def _estimate(report: Report, price: float | None) -> list[str]:
     lines.append(f"  tokens/s                      {rate:>10,.0f}   {(rate or 0) / report.chips:,.1f} a chip")
     if price is not None:
         cost = report.dollars_per_billion_tokens(price)
-        lines.append(f"  $ per 10^9 tokens             {cost:>10,.2f}   at {price:g} a chip and hour")
+        lines.append(f"  $ per 10^9 tokens             {cost:>10,.2f}   at ${price:g} a chip and hour")
     return lines
 
 
@@ -280,11 +281,14 @@ def _tables(report: Report) -> list[str]:
     amounts = {
         "matrix products": f"{work['matrix products']:.3g} FLOPs",
         "kernels": f"{work['kernels']:.3g} FLOPs",
-        "other": f"{work['hbm'] / 1e9:,.1f} GB of HBM in all",
+        "other": "as long as HBM needs",
         "collectives": "not hidden",
     }
     lines = ["per chip and step                     time"]
     lines += [f"  {kind:28}{_time(spent):>12}   {amounts[kind]}" for kind, spent in report.seconds.items()]
+    traffic = f"{work['hbm'] / 1e9:,.1f} GB, copies beside all of these included"
+    waiting = max((report.step_s or 0.0) - sum(report.seconds.values()), 0.0)
+    lines.append(f"  {'waiting for HBM':28}{_time(waiting):>12}   {traffic}")
     if report.collectives:
         lines += ["", "collectives             devices   count        GB        time     exposed"]
     for c in report.collectives:

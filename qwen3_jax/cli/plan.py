@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("KEY", "VALUE"),
         help="a key and its values; of several, all combinations are compiled",
     )
-    parser.add_argument("--plot", type=Path, help="with --sweep: a PNG of step time and memory")
+    parser.add_argument("--plot", type=Path, help="with --sweep: a PNG of tokens/s and memory of a chip")
     parser.add_argument("--price", type=float, help="dollars per chip and hour, for the cost of a billion tokens")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each program")
     parser.add_argument("--hlo", type=Path, help="keep the scheduled HLO in this directory")
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     # The fastest first, those that do not fit last.
     reports.sort(key=lambda found: (not found[1].fits, found[1].seconds_per_token))
     if args.sweep and not args.json:
-        print(_table(reports))
+        print(_table(reports, args.price))
     if args.plot:
         plot_sweep(args.plot, [(f"{job.label} {job.program}", report) for job, report in reports])
     if not args.sweep and not all(report.fits for _, report in reports):
@@ -95,6 +95,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--model: none; a size of configs/model, such as qwen3-8b, fits")
     if args.plot and not args.sweep:
         raise ValueError(f"--plot: {args.plot}; with --sweep it fits")
+    if args.price is not None and not 0 <= args.price < math.inf:
+        raise ValueError(f"--price: {args.price}; a number >= 0 fits")
     for key, *values in args.sweep:
         if not values:
             raise ValueError(f"--sweep {key}: no values; --sweep KEY VALUE [VALUE ...] fits")
@@ -139,13 +141,18 @@ def _decode_config(args: argparse.Namespace, words: list[str]) -> DecodeConfig:
     return decode_config(DecodeConfig, raw, words, "--infer")
 
 
-def _table(reports: list[tuple[Job, Report]]) -> str:
+def _table(reports: list[tuple[Job, Report]], price: float | None) -> str:
     width = max((len(job.label) for job, _ in reports), default=0)
     lines = [f"{'':{width}}  program       step      tokens/s/chip    MFU  HBM GiB"]
+    if price is not None:
+        lines[0] += "    $ per 10^9 tokens"
     for job, report in reports:
         rate = f"{report.tokens_per_second / report.chips:13,.1f}" if report.tokens_per_second else f"{'':13}"
         mfu = f"{report.mfu:6.1%}" if report.mfu else f"{'':6}"
         step = f"{report.step_s * 1e3:8,.1f} ms" if report.step_s else f"{'':11}"
         hbm = f"{report.hbm_bytes / 2**30:7.1f}" + ("" if report.fits else f" of {report.capacity / 2**30:.0f}")
-        lines.append(f"{job.label:{width}}  {job.program:11}{step}  {rate} {mfu}  {hbm}")
+        cost = report.dollars_per_billion_tokens(price) if price is not None else None
+        lines.append(
+            f"{job.label:{width}}  {job.program:11}{step}  {rate} {mfu}  {hbm}" + (f"{cost:21,.2f}" if cost else "")
+        )
     return "\n".join(lines)
