@@ -240,8 +240,8 @@ _CAVEATS = (
     "Matrix products take the cycles that the compiler estimates; kernels their roofline; all else its bytes at HBM's",
     "bandwidth; collectives the bytes over the links that they span, exposed for as long as nothing runs beside them,",
     "waiting for others on the same links included. A step takes at least all its HBM bytes. Loops count as often as",
-    "they run. Not in it: launches, transfers to hosts and between slices, gathers and sorts slower than HBM, imbalance.",
-    "It leans low (a published step took 1.6 times such an estimate): compare it with others of its kind.",
+    "they run. Not in it: launches, transfers to hosts and between slices, gathers and sorts slower than HBM, and",
+    "imbalance. It leans low (a published step took 1.6 times such an estimate): compare it with others of its kind.",
 )
 
 
