@@ -153,13 +153,14 @@ def _read(text: str, work: Work, chip: Chip) -> dict[str, Any]:
     """The fields of a report that the schedule gives."""
     program = read_program(text)
     devices: list[Any] = list(work.mesh.devices.flat)
+    step = dearest_loop(program) if work.is_loop else None
 
     def cost_at(kernel_share: float) -> Cost:
         return read_cost(
             program,
             chip,
             [device.coords for device in devices],
-            computation=dearest_loop(program) if work.is_loop else None,
+            computation=step,
             kernel_share=kernel_share,
             unknown_trips=work.unknown_trips,
         )

@@ -43,9 +43,8 @@ from qwen3_jax.ops.zigzag import num_chunks
 from sharding import constrain, num_parts, split_axes
 
 ExpertDispatch = Literal["einsum", "ragged"]
-Activation = Literal[
-    "qkv", "attention", "mlp", "dispatch"
-]  # what a layer's backward pass may find instead of recompute
+# What a layer's backward pass may find instead of recompute.
+Activation = Literal["qkv", "attention", "mlp", "dispatch"]
 
 
 @struct.dataclass
