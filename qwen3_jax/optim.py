@@ -15,7 +15,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from sharding import split_over_replicas
 
 # The axes that make each weight the matrix it multiplies by, counted from the end: what is before them (layers,
-# experts) are matrices of their own. The heads of a projection are rows (or, of o_proj, columns) of one matrix, as in
+# experts, gate and up) are matrices of their own. The heads of a projection are rows (or, of o_proj, columns) of one matrix, as in
 # Jordan's and Liu's code; no matrix is cut into heads.
 _ROWS_AND_COLUMNS = MuonDimensionNumbers(output_axis=-2, reduction_axis=-1)
 _HEADS_OUT = MuonDimensionNumbers(output_axis=(-3, -2), reduction_axis=-1)
@@ -27,6 +27,7 @@ _MATRICES = {
     "o_proj": _HEADS_IN,  # [D, N, H]
     "gate_proj": _ROWS_AND_COLUMNS,  # [F, D]
     "up_proj": _ROWS_AND_COLUMNS,  # [F, D]
+    "gate_up_proj": _ROWS_AND_COLUMNS,  # [2, F, D]
     "down_proj": _ROWS_AND_COLUMNS,  # [D, F]
 }
 _MUON_MOMENTUM = 0.95  # Jordan et al. 2024, Liu et al. 2025

@@ -39,6 +39,7 @@ class AxisRules:
     # Experts, not their columns: a TPU gathers and scatters along the first axis of an array as it lies in memory.
     expert: Axes = ("expert", "fsdp")
     expert_embed: Axes = ()
+    gate_up: Axes = ()
     router: Axes = ()
     router_embed: Axes = ("fsdp",)
     norm: Axes = ()

@@ -254,7 +254,7 @@ def test_a_checkpoint_of_several_dtypes(tmp_path: Path) -> None:
     assert_identical(kept["layer_1"]["mlp"]["router"], params["layer_1"]["mlp"]["router"])
     kept = hf.load_checkpoint(tmp_path / "c", dtype=None, stacked=True)[1]["layers_0_2"]["mlp"]
     assert kept["router"].dtype == jnp.float32
-    assert kept["up_proj"].dtype == jnp.bfloat16
+    assert kept["down_proj"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(kept["router"][1], params["layer_1"]["mlp"]["router"])
 
 

@@ -79,7 +79,7 @@ def test_names_and_shapes_of_both_layouts() -> None:
     assert stacked.keys() == outside | {"layers_0_1", "layers_1_3"}
     assert separate.keys() == outside | {f"layer_{i}" for i in range(3)}
     assert stacked["layers_1_3"]["self_attn"]["q_proj"].shape == (2, 4, 12, 32)
-    assert separate["layer_1"]["mlp"]["gate_proj"].shape == (4, 24, 32)
+    assert separate["layer_1"]["mlp"]["gate_up_proj"].shape == (4, 2, 24, 32)
     assert separate["layer_0"]["mlp"]["gate_proj"].shape == (40, 32)
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(lambda p: stack_layers(CONFIG, p), separate), stacked)
     chex.assert_trees_all_equal_shapes_and_dtypes(

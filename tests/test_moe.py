@@ -16,7 +16,7 @@ from qwen3_jax.config import ModelConfig
 from qwen3_jax.model.layers import MoeMlp
 from qwen3_jax.ops import moe
 from qwen3_jax.ops.loss import load_balance_loss
-from qwen3_jax.ops.moe import dispatch_mask, expert_capacity, join_tables, moe_capacity, moe_exact, moe_few, route
+from qwen3_jax.ops.moe import dispatch_mask, expert_capacity, moe_capacity, moe_exact, moe_few, route
 from sharding import MeshConfig, make_mesh
 
 EXPERTS, TOP_K, WIDTH, HIDDEN = 4, 2, 8, 6
@@ -27,8 +27,8 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def expert_weights() -> tuple[jax.Array, ...]:
-    gate, up = normal(EXPERTS, HIDDEN, WIDTH, seed=1), normal(EXPERTS, HIDDEN, WIDTH, seed=2)
-    return tuple(map(jnp.asarray, (gate, up, normal(EXPERTS, WIDTH, HIDDEN, seed=3))))
+    """Gate and up, and down."""
+    return jnp.asarray(normal(EXPERTS, 2, HIDDEN, WIDTH, seed=1)), jnp.asarray(normal(EXPERTS, WIDTH, HIDDEN, seed=3))
 
 
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
@@ -102,7 +102,8 @@ def routed(length: int, valid: np.ndarray | None = None, seed: int = 0) -> tuple
 
 def plain_moe(x: np.ndarray, gates: np.ndarray, chosen: np.ndarray, capacity: int, group_size: int) -> tuple:
     """The same mathematics in loops: `(output, dropped)`."""
-    gate, up, down = (np.asarray(w, np.float64) for w in expert_weights())
+    gate_up, down = (np.asarray(w, np.float64) for w in expert_weights())
+    gate, up = gate_up[:, 0], gate_up[:, 1]
     out, dropped = np.zeros(x.shape), 0
     for b in range(x.shape[0]):
         for t in range(x.shape[1]):
@@ -123,9 +124,7 @@ def plain_moe(x: np.ndarray, gates: np.ndarray, chosen: np.ndarray, capacity: in
 @pytest.mark.parametrize(("capacity", "group_size"), [(2, 4), (3, 8), (8, 8), (5, 16)])
 def test_capacity_mode_against_loops(capacity: int, group_size: int) -> None:
     x, gates, chosen = routed(16)
-    out, dropped = moe_capacity(
-        x, gates, chosen, join_tables(expert_weights()), capacity=capacity, group_size=group_size
-    )
+    out, dropped = moe_capacity(x, gates, chosen, expert_weights(), capacity=capacity, group_size=group_size)
     expected, expected_dropped = plain_moe(*map(np.asarray, (x, gates, chosen)), capacity, group_size)
     assert float(dropped.sum()) == expected_dropped
     assert (expected_dropped == 0) == (capacity == group_size)
@@ -146,7 +145,7 @@ def test_gradients_agree_when_nothing_is_dropped() -> None:
     wanted = jnp.asarray(normal(*x.shape, seed=9))
 
     def capacity(x: jax.Array, gates: jax.Array, experts: tuple) -> jax.Array:
-        return (moe_capacity(x, gates, chosen, join_tables(experts), capacity=8, group_size=8)[0] * wanted).sum()
+        return (moe_capacity(x, gates, chosen, experts, capacity=8, group_size=8)[0] * wanted).sum()
 
     def exact(x: jax.Array, gates: jax.Array, experts: tuple) -> jax.Array:
         return (moe_exact(x, gates, experts) * wanted).sum()
@@ -166,7 +165,7 @@ def test_capacity_mode_is_causal() -> None:
     outs = []
     for later in ((x, gates, chosen), (other_x, other_gates, other_chosen)):
         mixed = [jnp.where(now, a, b) for a, b in zip((x, gates, chosen), later, strict=True)]
-        out, dropped = moe_capacity(*mixed, join_tables(expert_weights()), capacity=5, group_size=16)
+        out, dropped = moe_capacity(*mixed, expert_weights(), capacity=5, group_size=16)
         assert (dropped > 0).all()
         outs.append(out)
     chex.assert_trees_all_equal(outs[0][:, :9], outs[1][:, :9])
@@ -185,7 +184,7 @@ def test_padding_takes_no_place() -> None:
     assert not padded_chosen[:, :4].any()
     assert stats.tokens_B.tolist() == [12, 12]
     assert stats.counts_BE.sum(axis=1).tolist() == [24, 24]
-    weights = join_tables(expert_weights())
+    weights = expert_weights()
     out, dropped = moe_capacity(x, gates, chosen, weights, capacity=5, group_size=12)
     padded_x = jnp.pad(x, pad, constant_values=7.0)
     padded_out, padded_dropped = moe_capacity(padded_x, padded_gates, padded_chosen, weights, capacity=5, group_size=16)
@@ -200,8 +199,8 @@ FEW_EXPERTS, FEW_TOP_K, FEW_HIDDEN = 16, 3, 12
 
 def few_weights(dtype: jnp.dtype = jnp.float32) -> tuple[jax.Array, ...]:
     """As `expert_weights`, for the few tokens of a decoding step."""
-    gate, up = (normal(FEW_EXPERTS, FEW_HIDDEN, WIDTH, seed=seed) for seed in (1, 2))
-    return tuple(jnp.asarray(w, dtype) for w in (gate, up, normal(FEW_EXPERTS, WIDTH, FEW_HIDDEN, seed=3)))
+    gate_up = normal(FEW_EXPERTS, 2, FEW_HIDDEN, WIDTH, seed=1)
+    return jnp.asarray(gate_up, dtype), jnp.asarray(normal(FEW_EXPERTS, WIDTH, FEW_HIDDEN, seed=3), dtype)
 
 
 def few_routed(rows: int, seed: int = 0) -> tuple[jax.Array, jax.Array]:
@@ -225,7 +224,7 @@ def test_few_tokens_equal_the_exact_mode(rows: int) -> None:
 
 def poisoned(used: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """The weights with NaN in all experts but the used ones."""
-    return tuple(jnp.where(used[:, None, None], w, jnp.nan) for w in weights)
+    return tuple(jnp.where(jnp.expand_dims(used, range(1, w.ndim)), w, jnp.nan) for w in weights)
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -322,7 +321,7 @@ def test_layer_reads_all_experts_only_where_tokens_could_use_them() -> None:
         moe_intermediate_size=FEW_HIDDEN,
     )
     layer = MoeMlp(config, capacity_factor=None, group_size=1)
-    names = ("gate_proj", "up_proj", "down_proj")
+    names = ("gate_up_proj", "down_proj")
     params = {"router": jnp.asarray(normal(FEW_EXPERTS, WIDTH, seed=4)), **dict(zip(names, few_weights(), strict=True))}
     for rows, finite in ((5, True), (6, False)):
         x = jnp.tile(jnp.asarray(normal(1, 1, WIDTH)), (rows, 1, 1))

@@ -138,8 +138,7 @@ def test_traffic(name: str) -> None:
     assert sent[2:] == [n * CONFIG.hidden_size for n in sent[:2] * 2], "per place one gate, and D numbers of a token"
     fsdp = sizes["fsdp"]
     own = sizes["expert"] * sizes["tensor"]
-    joined = PARAMS["gate_proj"].size + PARAMS["up_proj"].size
-    gathered = [PARAMS["router"].size, joined // own, PARAMS["down_proj"].size // own]
+    gathered = [PARAMS["router"].size, PARAMS["gate_up_proj"].size // own, PARAMS["down_proj"].size // own]
     assert sorted(chain(*collectives(text, "all-gather"))) == sorted((n, fsdp) for n in gathered if fsdp > 1)
     assert sorted(chain(*collectives(text, "reduce-scatter"))) == sorted(
         (n // fsdp, fsdp) for n in gathered if fsdp > 1
@@ -167,8 +166,8 @@ def test_decoding_moves_tokens_and_no_weights(name: str, rows: int) -> None:
         compiled = program.lower(placed, x, valid).compile()
         out = compiled(placed, x, valid)
     chex.assert_trees_all_close(jax.device_get(out), jax.device_get(expected), rtol=1e-5, atol=1e-5)
-    share = placed["gate_proj"].addressable_shards[0].data.size
-    assert share * mesh.size == PARAMS["gate_proj"].size * mesh.shape["data"]
+    share = placed["down_proj"].addressable_shards[0].data.size
+    assert share * mesh.size == PARAMS["down_proj"].size * mesh.shape["data"]
     kinds = ("all-gather", "all-to-all", "collective-permute", "all-reduce")
     moved = [n for kind in kinds for n, _ in chain(*collectives(compiled.as_text(), kind))]
     assert max(moved, default=0) <= rows * CONFIG.hidden_size < share

@@ -207,7 +207,7 @@ def _experts_in_use(config: DecodeConfig, takes: StepShapes, draws: int = 1000) 
     model = config.model
     if not model.num_experts:
         return 1.0
-    table = takes.params[f"layer_{model.num_hidden_layers - 1}"]["mlp"]["gate_proj"]
+    table = takes.params[f"layer_{model.num_hidden_layers - 1}"]["mlp"]["down_proj"]
     rng, chips = np.random.default_rng(0), model.num_experts // table.sharding.shard_shape(table.shape)[0]
     total = 0
     for _ in range(draws):

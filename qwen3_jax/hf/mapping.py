@@ -37,12 +37,12 @@ _TENSORS = {
 }
 _MOE_TENSORS = _TENSORS | {
     "layer/mlp/router": "model.layers.{layer}.mlp.gate.weight",
-    "layer/mlp/gate_proj": "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
-    "layer/mlp/up_proj": "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
+    "layer/mlp/gate_up_proj": "model.layers.{layer}.mlp.experts.{expert}.{gate_up}.weight",
     "layer/mlp/down_proj": "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
 }
+_GATE_UP = ("gate_proj", "up_proj")
 # The other spelling of experts: all of a layer in one [E, rows, columns] tensor, gate's rows before up's.
-_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_FUSED = {"gate_up_proj": _GATE_UP, "down_proj": ("down_proj",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Leaf:
     path: of the weight in `params`.
     shape: of the weight.
     axes: its logical axes.
-    tensors: index along the leading axes (layers, experts; `()` where there are none) -> name of the tensor there.
+    tensors: index along the leading axes (layers, experts, gate and up; `()` where there are none) -> name of the
+      tensor there.
     """
 
     path: tuple[str, ...]
@@ -109,12 +110,12 @@ def model_leaves(config: ModelConfig, stacked: bool) -> list[Leaf]:
 def _leaf(
     path: tuple[str, ...], shape: tuple[int, ...], axes: tuple[str | None, ...], template: str, layers: range
 ) -> Leaf:
-    lead = sum(axis in ("layers", "expert") for axis in axes)
+    lead = sum(axis in ("layers", "expert", "gate_up") for axis in axes)
     tensors = {}
     for index in itertools.product(*map(range, shape[:lead])):
-        stacked = axes[0] == "layers"
-        layer = layers[index[0] if stacked else 0] if layers else None
-        tensors[index] = template.format(layer=layer, expert=index[-1] if index else None)
+        at = dict(zip(axes, index, strict=False))
+        layer = layers[at.get("layers", 0)] if layers else None
+        tensors[index] = template.format(layer=layer, expert=at.get("expert"), gate_up=_GATE_UP[at.get("gate_up", 0)])
     return Leaf(path, shape, axes, tensors)
 
 

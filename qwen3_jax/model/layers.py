@@ -147,10 +147,9 @@ class MoeMlp(nn.Module):
         d, f, e = cfg.hidden_size, cfg.moe_intermediate_size, cfg.num_experts
         init = nn.initializers.normal(cfg.initializer_range)
         router_ED = declare(self, "router", (e, d), ROUTER_AXES, init)
-        gate_EFD = declare(self, "gate_proj", (e, f, d), EXPERT_AXES[0], init)
-        up_EFD = declare(self, "up_proj", (e, f, d), EXPERT_AXES[1], init)
-        down_EDF = declare(self, "down_proj", (e, d, f), EXPERT_AXES[2], init)
-        experts = (gate_EFD.astype(dtype), up_EFD.astype(dtype), down_EDF.astype(dtype))
+        gate_up_E2FD = declare(self, "gate_up_proj", (e, 2, f, d), EXPERT_AXES[0], init)
+        down_EDF = declare(self, "down_proj", (e, d, f), EXPERT_AXES[1], init)
+        experts = gate_up_E2FD.astype(dtype), down_EDF.astype(dtype)
 
         batch, length, _ = x_BTD.shape
         if self.expert_dispatch == "ragged":

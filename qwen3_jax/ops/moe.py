@@ -7,7 +7,8 @@ Departures from GShard (Lepikhin et al. 2020), whose dispatch this is:
 
 Shapes: B batch, T tokens, G groups, S tokens of a group, E experts, K experts per token, C places of an expert for one
 group, P = C * G, N tokens of all rows, R (token, choice) pairs, D hidden_size, F moe_intermediate_size, J = 2 F.
-Inside `moe_layer` these are one device's.
+Inside `moe_layer` these are one device's. Gate and up are one table, [E, 2, F, D]: one product in place of two, and
+fewer and larger collectives.
 """
 
 from __future__ import annotations
@@ -28,11 +29,10 @@ from jax.sharding import PartitionSpec
 from sharding import partition_spec, spec_axes, split_axes
 
 Dispatch = Callable[..., tuple[jax.Array, jax.Array]]
-Experts = tuple[jax.Array, jax.Array, jax.Array]  # gate_EFD, up_EFD, down_EDF
-Tables = tuple[jax.Array, jax.Array]  # inner_EJD, gate above up, and down_EDF
+Experts = tuple[jax.Array, jax.Array]  # gate_up_E2FD, down_EDF
 ROUTER_AXES = ("router", "router_embed")
 _LANES = 128  # of a TPU's tiles, and the rows that a tile of a kernel holds
-EXPERT_AXES = (("expert", "mlp", "expert_embed"), ("expert", "mlp", "expert_embed"), ("expert", "expert_embed", "mlp"))
+EXPERT_AXES = (("expert", "gate_up", "mlp", "expert_embed"), ("expert", "expert_embed", "mlp"))
 
 
 @struct.dataclass
@@ -131,24 +131,17 @@ def _moe_local(
     dispatch: Dispatch,
 ) -> tuple[jax.Array, RouterStats]:
     """`moe_layer` on one device: tokens of its own, its part of the weights."""
-    inner_EJD, down_EDF = join_tables(experts)
-    inner_EJD, down_EDF = _for_own_tokens(inner_EJD, EXPERT_AXES[0]), _for_own_tokens(down_EDF, EXPERT_AXES[2])
+    gate_up_E2FD, down_EDF = (_for_own_tokens(table, names) for table, names in zip(experts, EXPERT_AXES, strict=True))
     logits_BTE = router_logits(x_BTD, _gathered(_for_own_tokens(router_ED, ROUTER_AXES), ROUTER_AXES))
     gates_BTE, chosen_BTE, stats = route(logits_BTE, top_k, norm_topk_prob, valid_BT)
     # Here and not where tokens meet weights: the gradient is then summed over the axis for D numbers a token, not K D.
     x_BTD = _vary(x_BTD, split_axes("mlp"))
-    x_BTD, inner_EJD = _leave_together((x_BTD, inner_EJD))
-    tables = _gathered(inner_EJD, EXPERT_AXES[0]), _gathered(down_EDF, EXPERT_AXES[2])
-    out_BTD, dropped_B = dispatch(x_BTD, gates_BTE, chosen_BTE, tables)
+    x_BTD, gate_up_E2FD = _leave_together((x_BTD, gate_up_E2FD))
+    experts = _gathered(gate_up_E2FD, EXPERT_AXES[0]), _gathered(down_EDF, EXPERT_AXES[1])
+    out_BTD, dropped_B = dispatch(x_BTD, gates_BTE, chosen_BTE, experts)
     out_BTD = jax.lax.psum(out_BTD, split_axes("mlp"))
     stats = dataclasses.replace(stats, dropped_B=dropped_B)
     return out_BTD, jax.tree.map(lambda sum_B: jax.lax.psum(sum_B, split_axes("length")), stats)
-
-
-def join_tables(experts: Experts) -> Tables:
-    """Gate and up as one table: one product in place of two, and fewer and larger collectives."""
-    gate_EFD, up_EFD, down_EDF = experts
-    return jnp.concatenate([gate_EFD, up_EFD], axis=1), down_EDF
 
 
 def _for_own_tokens(weight: jax.Array, names: tuple[str, ...]) -> jax.Array:
@@ -194,11 +187,17 @@ def dispatch_mask(chosen_GSE: jax.Array, capacity: int) -> jax.Array:
     return (place_GSE[..., None] == jnp.arange(capacity)) & chosen_GSE[..., None]
 
 
-def expert_swiglu(x_EPD: jax.Array, gates_EP: jax.Array, tables: Tables) -> jax.Array:
+def expert_swiglu(x_EPD: jax.Array, gates_EP: jax.Array, experts: Experts) -> jax.Array:
     """Each expert's SwiGLU on its own tokens, times their gates; [E, P, D]."""
-    inner_EJD, down_EDF = tables
-    gate, up = jnp.split(checkpoint_name(jnp.einsum("EPD,EJD->EPJ", x_EPD, inner_EJD), "mlp"), 2, axis=-1)
-    return jnp.einsum("EPF,EDF->EPD", _swiglu(gate, up) * gates_EP[..., None], down_EDF)
+    gate_up_E2FD, down_EDF = experts
+    inner_EPJ = checkpoint_name(jnp.einsum("EPD,EJD->EPJ", x_EPD, _joined(gate_up_E2FD)), "mlp")
+    gate_EPF, up_EPF = jnp.split(inner_EPJ, 2, axis=-1)
+    return jnp.einsum("EPF,EDF->EPD", _swiglu(gate_EPF, up_EPF) * gates_EP[..., None], down_EDF)
+
+
+def _joined(gate_up_E2FD: jax.Array) -> jax.Array:
+    """[E, J, D]: gate's rows above up's."""
+    return gate_up_E2FD.reshape(gate_up_E2FD.shape[0], -1, gate_up_E2FD.shape[-1])
 
 
 @jax.custom_vjp
@@ -222,14 +221,14 @@ def moe_capacity(
     x_BTD: jax.Array,
     gates_BTE: jax.Array,
     chosen_BTE: jax.Array,
-    tables: Tables,
+    experts: Experts,
     *,
     capacity: int,
     group_size: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Dense einsum dispatch: `([B, T, D], pairs dropped of each row)`. `group_size` must divide T.
 
-    Inside `moe_layer` on a mesh, `tables` are this device's and tokens travel to the others' by all-to-all.
+    Inside `moe_layer` on a mesh, `experts` are this device's and tokens travel to the others' by all-to-all.
     """
     batch, length, width = x_BTD.shape
     num_experts = gates_BTE.shape[-1]
@@ -244,7 +243,7 @@ def moe_capacity(
     # more in the backward pass.
     gates_ECG = jnp.einsum("GSEC,GSE->ECG", dispatch_GSEC, gates_GSE)
     gates_EP = _to_experts(gates_ECG.reshape(num_experts, -1))
-    y_EPD = _from_experts(expert_swiglu(x_EPD, gates_EP, tables))
+    y_EPD = _from_experts(expert_swiglu(x_EPD, gates_EP, experts))
     y_GSD = _from_places(dispatch_GSEC, y_EPD)
     return y_GSD.reshape(x_BTD.shape), over_GE.reshape(batch, -1).sum(axis=1)
 
@@ -289,7 +288,7 @@ def _from_experts(y_EPD: jax.Array) -> jax.Array:
 
 
 def moe_ragged(
-    x_BTD: jax.Array, gates_BTE: jax.Array, chosen_BTE: jax.Array, tables: Tables, *, top_k: int
+    x_BTD: jax.Array, gates_BTE: jax.Array, chosen_BTE: jax.Array, experts: Experts, *, top_k: int
 ) -> tuple[jax.Array, jax.Array]:
     """Dropless dispatch: pairs sorted by expert, one grouped product for each table; `([B, T, D], zeros [B])`.
 
@@ -299,22 +298,22 @@ def moe_ragged(
     multiplies every row with every expert there): `moe_exact` is the faster dropless form on one.
     """
     axes = split_axes("act_expert")
-    num_local, width = tables[0].shape[0], x_BTD.shape[-1]
+    num_local, width = experts[0].shape[0], x_BTD.shape[-1]
     x_ND = _gather_rows(x_BTD.reshape(-1, width), axes)
     first = jax.lax.axis_index(axes) * num_local if axes else 0
     gates_NE, chosen_NE = (
         jax.lax.dynamic_slice_in_dim(_gather_rows(x.reshape(-1, x.shape[-1]), axes), first, num_local, axis=1)
         for x in (gates_BTE, chosen_BTE)
     )
-    out_ND = _own_experts(x_ND, gates_NE, chosen_NE, tables, top_k)
+    out_ND = _own_experts(x_ND, gates_NE, chosen_NE, experts, top_k)
     out_ND = jax.lax.psum_scatter(out_ND, axes, scatter_dimension=0, tiled=True) if axes else out_ND
     return out_ND.reshape(x_BTD.shape), jnp.zeros_like(gates_BTE[:, 0, 0])
 
 
-def _own_experts(x_ND: jax.Array, gates_NE: jax.Array, chosen_NE: jax.Array, tables: Tables, top_k: int) -> jax.Array:
+def _own_experts(x_ND: jax.Array, gates_NE: jax.Array, chosen_NE: jax.Array, experts: Experts, top_k: int) -> jax.Array:
     """[N, D]: the weighted sum of what each token's experts among these make of it."""
-    inner_EJD, down_EDF = tables
-    num_local = inner_EJD.shape[0]
+    gate_up_E2FD, down_EDF = experts
+    num_local = gate_up_E2FD.shape[0]
     # Pairs in the order of their experts, those of no expert here last; and where each token's pairs are in that order.
     there_NK, expert_NK = jax.lax.top_k(chosen_NE.astype(jnp.int32), min(top_k, num_local))
     key_R = jnp.where(there_NK > 0, expert_NK, num_local).reshape(-1)
@@ -330,7 +329,7 @@ def _own_experts(x_ND: jax.Array, gates_NE: jax.Array, chosen_NE: jax.Array, tab
         return jnp.where(used_R1, grouped_product(jnp.where(used_R1, x_RD, 0), table_EFD, sizes_E), 0)
 
     x_RD = _rows_of_pairs((pair_R, place_NK), x_ND)
-    gate_RF, up_RF = jnp.split(checkpoint_name(product(x_RD, inner_EJD), "mlp"), 2, axis=-1)
+    gate_RF, up_RF = jnp.split(checkpoint_name(product(x_RD, _joined(gate_up_E2FD)), "mlp"), 2, axis=-1)
     y_RD = product(_swiglu(gate_RF, up_RF) * gates_R1, down_EDF)
     return _sums_of_pairs((pair_R, place_NK), y_RD)
 
@@ -427,10 +426,9 @@ def _gather_rows(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 def moe_exact(x_BTD: jax.Array, gates_BTE: jax.Array, experts: Experts) -> jax.Array:
     """Every expert on every token, weighted by its gate; [B, T, D]. Nothing is dropped."""
-    gate_EFD, up_EFD, down_EDF = experts
-    gate = jnp.einsum("BTD,EFD->BTEF", x_BTD, gate_EFD)
-    up = jnp.einsum("BTD,EFD->BTEF", x_BTD, up_EFD)
-    hidden_BTEF = jax.nn.silu(gate) * up * gates_BTE.astype(x_BTD.dtype)[..., None]
+    gate_up_E2FD, down_EDF = experts
+    inner_2BTEF = jnp.einsum("BTD,EJFD->JBTEF", x_BTD, gate_up_E2FD)
+    hidden_BTEF = jax.nn.silu(inner_2BTEF[0]) * inner_2BTEF[1] * gates_BTE.astype(x_BTD.dtype)[..., None]
     return jnp.einsum("BTEF,EDF->BTD", hidden_BTEF, down_EDF)
 
 
@@ -444,7 +442,7 @@ def moe_sorted(
 
     def local(x_BTD: jax.Array, gates_BTE: jax.Array, chosen_BTE: jax.Array, experts: Experts) -> jax.Array:
         x_ND, gates_NE, chosen_NE = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, gates_BTE, chosen_BTE))
-        return _own_experts(x_ND, gates_NE, chosen_NE, join_tables(experts), top_k).reshape(x_BTD.shape)
+        return _own_experts(x_ND, gates_NE, chosen_NE, experts, top_k).reshape(x_BTD.shape)
 
     return _over_own_experts(local, experts, x_BTD, gates_BTE, chosen_BTE)
 
@@ -487,17 +485,17 @@ def _used_experts(x_BTD: jax.Array, gates_BTE: jax.Array, experts: Experts) -> j
     used_E = (gates_BTE != 0).any(axis=(0, 1))
     order_E = jnp.argsort(~used_E)
     matmul = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    gate_EFD, up_EFD, down_EDF = experts
+    gate_up_E2FD, down_EDF = experts
     # A TPU lays an axis that does not fill its lanes before the others: turned like that, a table is read as it lies.
     turned = down_EDF.shape[-1] % _LANES != 0
-    experts = (gate_EFD, up_EFD, down_EDF.swapaxes(1, 2) if turned else down_EDF)
+    experts = (_joined(gate_up_E2FD), down_EDF.swapaxes(1, 2) if turned else down_EDF)
 
     def add_expert(i: jax.Array, out_BTD: jax.Array) -> jax.Array:
         # Nothing done to a whole table (a conversion of its type) may be taken out of the loop.
         tables, expert = jax.lax.optimization_barrier((experts, order_E[i]))
-        gate_FD, up_FD, down = (jax.lax.dynamic_index_in_dim(table, expert, keepdims=False) for table in tables)
+        inner_JD, down = (jax.lax.dynamic_index_in_dim(table, expert, keepdims=False) for table in tables)
         gates_BT1 = jax.lax.dynamic_slice_in_dim(gates_BTE, expert, 1, axis=2).astype(x_BTD.dtype)
-        gate_BTF, up_BTF = matmul("BTD,FD->BTF", x_BTD, gate_FD), matmul("BTD,FD->BTF", x_BTD, up_FD)
+        gate_BTF, up_BTF = jnp.split(matmul("BTD,JD->BTJ", x_BTD, inner_JD), 2, axis=-1)
         hidden_BTF = (jax.nn.silu(gate_BTF) * up_BTF).astype(x_BTD.dtype) * gates_BT1
         return out_BTD + matmul("BTF,FD->BTD" if turned else "BTF,DF->BTD", hidden_BTF, down)
 

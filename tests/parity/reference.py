@@ -70,9 +70,8 @@ def to_params(config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> dict[
     for i in range(config.num_hidden_layers):
         layer, attention, mlp = (f"model.layers.{i}{part}" for part in ("", ".self_attn", ".mlp"))
         if config.is_moe_layer(i):
-            gate, up = np.split(rest.pop(f"{mlp}.experts.gate_up_proj"), 2, axis=1)
-            down = rest.pop(f"{mlp}.experts.down_proj")
-            experts = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+            gate_up = np.stack(np.split(rest.pop(f"{mlp}.experts.gate_up_proj"), 2, axis=1), axis=1)
+            experts = {"gate_up_proj": gate_up, "down_proj": rest.pop(f"{mlp}.experts.down_proj")}
             mlp_weights = {name: jnp.asarray(value) for name, value in experts.items()}
             mlp_weights["router"] = take(f"{mlp}.gate")
         else:
