@@ -15,8 +15,8 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from sharding import split_over_replicas
 
 # The axes that make each weight the matrix it multiplies by, counted from the end: what is before them (layers,
-# experts, gate and up) are matrices of their own. The heads of a projection are rows (or, of o_proj, columns) of one matrix, as in
-# Jordan's and Liu's code; no matrix is cut into heads.
+# experts, gate and up) are matrices of their own. The heads of a projection are rows (or, of o_proj, columns) of one
+# matrix, as in Jordan's and Liu's code; no matrix is cut into heads.
 _ROWS_AND_COLUMNS = MuonDimensionNumbers(output_axis=-2, reduction_axis=-1)
 _HEADS_OUT = MuonDimensionNumbers(output_axis=(-3, -2), reduction_axis=-1)
 _HEADS_IN = MuonDimensionNumbers(output_axis=-3, reduction_axis=(-2, -1))
