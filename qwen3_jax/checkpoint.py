@@ -13,10 +13,11 @@ import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any
 
+import fsspec
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -43,7 +44,7 @@ class Checkpointer:
     """
 
     def __init__(self, directory: str | Path, keep: int, keep_every: int | None = None) -> None:
-        self.directory = epath.Path(directory).absolute()
+        self.directory = absolute(directory)
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep)]
         if keep_every is not None:
             policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
@@ -140,8 +141,9 @@ class Checkpointer:
         """Called when all processes have written all files, before the checkpoint gets its name."""
         building = self.directory / f"{self._saving}{_IN_PROGRESS}"
         path = building if building.exists() else self.directory / str(self._saving)  # object stores cannot rename
-        files = [root / name for root, _, names in path.walk() for name in names if name != _TIMES]
-        names = sorted(str(file.relative_to(path)) for file in files)
+        fs, inside = fsspec.core.url_to_fs(str(path))
+        names = sorted(str(PurePath(file).relative_to(inside)) for file in fs.find(inside))
+        names = [name for name in names if PurePath(name).name != _TIMES]
         with ThreadPoolExecutor() as pool:
             digests = dict(zip(names, pool.map(lambda name: _digest(path / name), names), strict=True))
         (path / DIGESTS).write_text(json.dumps(digests, indent=1))
@@ -158,7 +160,7 @@ def find_whole(directory: str | Path | epath.Path, announce: Callable[[str], Non
     Raises:
       ValueError: there are checkpoints, and every one is damaged.
     """
-    directory = epath.Path(directory).absolute()
+    directory = absolute(directory)
     steps = ocp.utils.checkpoint_steps(directory) if directory.exists() else []
     problems = []
     for step in sorted(steps, reverse=True):
@@ -177,6 +179,12 @@ def restore_params(path: epath.Path, params: Any) -> Any:
     """The weights of the checkpoint in `path`, shaped and sharded as the abstract ones given are."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path / PARAMS, params)
+
+
+def absolute(directory: str | Path | epath.Path) -> epath.Path:
+    """As Orbax wants paths; those in a bucket are so already."""
+    path = epath.Path(directory)
+    return path if "://" in str(path) else path.absolute()
 
 
 def _damage(path: epath.Path) -> str | None:

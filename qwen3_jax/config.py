@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from etils import epath
 
 # Keys of a config.json that change nothing in the network: provenance, generation, output switches of transformers.
 _NEUTRAL_KEYS = frozenset(
@@ -176,7 +177,7 @@ class ModelConfig:
         Nothing is filled in silently: transformers' class defaults are not Qwen3's values, so a key that shapes
         the network must be there, and a key that this class cannot represent is refused by name.
         """
-        raw = dict(source) if isinstance(source, Mapping) else _read_config_json(Path(source))
+        raw = dict(source) if isinstance(source, Mapping) else _read_config_json(epath.Path(source))
         model_type = raw.get("model_type")
         if model_type not in ("qwen3", "qwen3_moe"):
             raise ValueError(f"model_type: {model_type!r} is not supported; 'qwen3' or 'qwen3_moe' fits")
@@ -252,7 +253,7 @@ def presets_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "configs" / "model"
 
 
-def _read_config_json(path: Path) -> dict[str, Any]:
+def _read_config_json(path: epath.Path) -> dict[str, Any]:
     path = path / "config.json" if path.is_dir() else path
     try:
         return json.loads(path.read_text(encoding="utf-8"))

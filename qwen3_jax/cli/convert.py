@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from rich.console import Console
 from rich.progress import track
 
 from qwen3_jax import hf
-from qwen3_jax.checkpoint import CHECKPOINTS, PARAMS, find_whole
+from qwen3_jax.checkpoint import CHECKPOINTS, PARAMS, absolute, find_whole
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.tokenizer import TOKENIZER_FILES
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `qwen3-jax convert`."""
     parser.add_argument(
         "source",
-        type=Path,
+        type=epath.Path,
         help="directory with config.json and *.safetensors, one written by this, or a training run's output_dir",
     )
     parser.add_argument("target", type=Path, help="directory to make")
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     convert(args.source, args.target)
 
 
-def convert(source: Path, target: Path) -> None:
+def convert(source: epath.Path | Path, target: Path) -> None:
     """Converts a checkpoint, bit for bit, and copies the tokenizer's files along.
 
     The Orbax side is a directory with `config.json` and `params`, the stacked weights as a StandardCheckpointer tree.
@@ -58,7 +58,7 @@ def convert(source: Path, target: Path) -> None:
             _save_orbax(building, config, params)
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
-                shutil.copyfile(source / name, building / name)
+                (building / name).write_bytes((source / name).read_bytes())
         written = sorted((path.name, _size(path)) for path in building.iterdir())
     console.print(f"{target}: {config.num_params:,} weights", soft_wrap=True, highlight=False)
     for name, size in written:
@@ -71,25 +71,25 @@ def _save_orbax(directory: Path, config: ModelConfig, params: dict[str, Any]) ->
         checkpointer.save(directory.absolute() / PARAMS, params)
 
 
-def _find_orbax(source: Path, console: Console) -> Path | None:
+def _find_orbax(source: epath.Path | Path, console: Console) -> epath.Path | None:
     """Where the Orbax weights of `source` lie, a training run's newest ones; None if it has none."""
     if (source / PARAMS).is_dir():
-        return source / PARAMS
+        return absolute(source / PARAMS)
     if not (source / CHECKPOINTS).is_dir():
         return None
     newest = find_whole(source / CHECKPOINTS, console.print)
     if newest is None:
         raise ValueError(f"source: {str(source / CHECKPOINTS)!r} holds no step; a run that has saved one fits")
     console.print(f"{source}: step {newest.name}", soft_wrap=True, highlight=False)
-    return Path(newest) / PARAMS
+    return newest / PARAMS
 
 
-def _load_orbax(path: Path) -> dict[str, Any]:
+def _load_orbax(path: epath.Path) -> dict[str, Any]:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    held = ocp.StandardCheckpointHandler().metadata(path.absolute()).tree
+    held = ocp.StandardCheckpointHandler().metadata(path).tree
     wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), held)
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path.absolute(), wanted)
+        return checkpointer.restore(path, wanted)
 
 
 def _size(path: Path) -> int:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from qwen3_jax.data import manifest
 from qwen3_jax.data.config import DataConfig
 from qwen3_jax.data.counts import Counts, Tally
@@ -56,7 +58,7 @@ class Consumption:
         return {"step": self.step, "epochs": self.epochs, "shares": shares}
 
 
-def consumption(run: Path) -> Consumption:
+def consumption(run: epath.Path | Path) -> Consumption:
     """What a run has consumed, by the lanes' counters in its newest checkpoint.
 
     Raises:
@@ -92,7 +94,7 @@ def consumption(run: Path) -> Consumption:
     return Consumption(step, epochs, shares)
 
 
-def _newest_lanes(run: Path) -> tuple[int, dict[str, Any]]:
+def _newest_lanes(run: epath.Path | Path) -> tuple[int, dict[str, Any]]:
     steps = [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdecimal()]
     for step in sorted(steps, reverse=True):
         files = sorted((run / "checkpoints" / str(step) / "data").glob("*.json"))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from etils import epath
+
 from qwen3_jax.data.catalogue import Consumption
 from qwen3_jax.evaluate.plot import png
 
 
-def plot_consumption(consumption: Consumption, path: Path) -> None:
+def plot_consumption(consumption: Consumption, path: epath.Path | Path) -> None:
     """A bar for each kind (source, licence, ...), cut into the shares of its values in the tokens, as a PNG."""
     kinds = list(consumption.shares)
     with png(path) as axes:

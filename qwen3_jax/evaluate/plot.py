@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 
 @contextmanager
-def png(path: Path) -> Iterator[Any]:
+def png(path: epath.Path | Path) -> Iterator[Any]:
     """Axes to draw on; at the end they are at `path`, in a folder that is made for it."""
     import matplotlib
 
@@ -21,6 +23,7 @@ def png(path: Path) -> Iterator[Any]:
     try:
         yield axes
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        with path.open("wb") as file:
+            figure.savefig(file, dpi=150)
     finally:
         plt.close(figure)

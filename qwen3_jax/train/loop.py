@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,15 +11,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
-from qwen3_jax.checkpoint import CHECKPOINTS, Checkpointer
+from qwen3_jax.checkpoint import Checkpointer
 from qwen3_jax.train.config import TrainConfig
 from qwen3_jax.train.evaluation import HeldOut
 from qwen3_jax.train.feed import Feed
 from qwen3_jax.train.ledger import Ledger
+from qwen3_jax.train.output import Output
 from qwen3_jax.train.program import Program, batch_sharding
 from qwen3_jax.train.record import changes, run_record
 from qwen3_jax.train.report import Report
-from qwen3_jax.train.start import Start, check_output, start_state
+from qwen3_jax.train.start import Start, start_state
 from qwen3_jax.train.step import Batch, Metrics, TrainState
 from qwen3_jax.train.stop import StopSignal
 from sharding import make_mesh
@@ -38,19 +38,18 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
     """
     if console is None:
         console = Console(quiet=jax.process_index() > 0)
-    output = Path(config.output_dir)
-    check_output(output)
+    output = Output(config.output_dir)
     mesh = make_mesh(config.mesh)
     with (
         jax.set_mesh(mesh),
-        Checkpointer(output / CHECKPOINTS, config.keep, config.keep_every) as checkpointer,
+        output,
+        Checkpointer(output.checkpoints, config.keep, config.keep_every) as checkpointer,
         StopSignal(lambda text: console.print(text, soft_wrap=True)) as stop,
     ):
-        run = _Run(config, mesh, checkpointer, stop, console)
+        run = _Run(config, mesh, output, checkpointer, stop, console)
         reason = run.steps()
-    where = output / CHECKPOINTS
     if reason is None:
-        console.print(f"trained to step {run.step}; checkpoint in {where / str(run.step)}", soft_wrap=True)
+        console.print(f"trained to step {run.step}; checkpoint in {output.checkpoints / str(run.step)}", soft_wrap=True)
     else:
         console.print(f"stopped by {reason} at step {run.step}; checkpoint saved", soft_wrap=True)
     console.print(f"time     {run.ledger.summary()}", highlight=False, soft_wrap=True)
@@ -61,9 +60,16 @@ class _Run:
     """The parts of a run, put together, and the steps."""
 
     def __init__(
-        self, config: TrainConfig, mesh: Mesh, checkpointer: Checkpointer, stop: StopSignal, console: Console
+        self,
+        config: TrainConfig,
+        mesh: Mesh,
+        output: Output,
+        checkpointer: Checkpointer,
+        stop: StopSignal,
+        console: Console,
     ) -> None:
-        self.config, self.checkpointer, self.stop, self.console = config, checkpointer, stop, console
+        self.config, self.output, self.console = config, output, console
+        self.checkpointer, self.stop = checkpointer, stop
         program = Program(config, mesh)
         self.feed = Feed(config.data, batch_sharding(config.data, mesh, config.accumulation))
         self.held_out: HeldOut | None = None
@@ -71,12 +77,12 @@ class _Run:
             held_out = Feed(config.eval_data, batch_sharding(config.eval_data, mesh, 1))
             self.held_out = HeldOut(program.model, held_out, config.eval_batches)
         began = time.perf_counter()
-        start = start_state(program, checkpointer, self.feed, self._announce)
+        start = start_state(program, output, checkpointer, self.feed, self._announce)
         self.state, self.step = start.state, start.step
         self.ledger = Ledger(start.run.get("ledger"))
         self.ledger.book("checkpoint" if start.run else "compile", time.perf_counter() - began)
         self._announce_changes(start)
-        self.report = Report(config, mesh, start.step, self.ledger, console)
+        self.report = Report(config, mesh, output.files, start.step, self.ledger, console)
         self.step_fn = program.step
         self.compiled: jax.stages.Compiled | None = None
         self.pending: tuple[int, Metrics, Batch] | None = None
@@ -102,7 +108,7 @@ class _Run:
         """One step further: hands the devices the next step, then tells of the one before."""
         profile = self.config.profile
         if profile is not None and self.step + 1 == profile[0]:
-            jax.profiler.start_trace(str(Path(self.config.output_dir) / "profile"))
+            jax.profiler.start_trace(str(self.output.files / "profile"))
         began = time.perf_counter()
         batch = next(self.feed)
         loss: Any = self.pending[1]["loss"] if self.pending is not None else None
@@ -130,13 +136,13 @@ class _Run:
         values = self.report.step(step, metrics, **extra)
         row = int(values["skipped_in_row"])
         if values["skipped"] and row >= self.config.max_bad_steps and self.failure is None:
-            path = Path(self.config.output_dir) / f"bad_step_{step}.npz"
+            name = f"bad_step_{step}.npz"
             rows = multihost_utils.process_allgather(batch, tiled=True)
             if jax.process_index() == 0:
-                np.savez(path, **rows)
+                np.savez(self.output.files / name, **rows)
             self.failure = (
                 f"step {step}: loss is {values['loss']}, gradient norm {values['grad_norm']}: {row} bad steps in a "
-                f"row; its batch is in {path}"
+                f"row; its batch is in {self.output.directory / name}"
             )
 
     def _evaluate(self) -> None:
@@ -154,6 +160,7 @@ class _Run:
         with self.ledger.phase("step"):
             self._report_pending()
         with self.ledger.phase("checkpoint"):
+            self.output.publish()  # first: who goes on from a checkpoint needs the series up to it
             record = run_record(self.config, self.step, self.state.guard, self.ledger)
             train = self.state.train
             self.checkpointer.save(self.step, train.params, train.optimizer, self.feed.get_state(), record)

@@ -11,6 +11,8 @@ import matplotlib.image
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from qwen3_jax.train.output import METRICS
+
 
 class MetricsLog:
     """Writes one line a step to `metrics.jsonl` and the same to TensorBoard.
@@ -21,7 +23,7 @@ class MetricsLog:
 
     def __init__(self, directory: Path, start: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / "metrics.jsonl"
+        self._path = directory / METRICS
         kept = []
         if self._path.exists():
             text = self._path.read_text(encoding="utf-8")

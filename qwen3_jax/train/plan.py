@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
@@ -20,6 +19,7 @@ from rich.console import Console
 from qwen3_jax.checkpoint import CHECKPOINTS
 from qwen3_jax.train.config import TrainConfig
 from qwen3_jax.train.loop import train
+from qwen3_jax.train.output import check_output
 from qwen3_jax.train.start import FREE
 
 
@@ -44,8 +44,9 @@ def link_stages(stages: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
                 raise ValueError(
                     f"stages.{name}.model.{field.name}: {value!r}; that of the first stage, {fits!r}, fits"
                 )
-        linked[name] = dataclasses.replace(config, output_dir=str(Path(config.output_dir) / name), init_from=weights)
-        weights = linked[name].output_dir
+        directory = str(epath.Path(config.output_dir) / name)
+        linked[name] = dataclasses.replace(config, output_dir=directory, init_from=weights)
+        weights = directory
     return linked
 
 
@@ -60,6 +61,7 @@ def run_plan(stages: Mapping[str, TrainConfig], console: Console | None = None) 
     if console is None:
         console = Console(quiet=jax.process_index() > 0)
     names = list(stages)
+    check_output(stages[names[0]].output_dir)
     # A stage begins when the one before has ended: the last one with a checkpoint is where an earlier call was.
     begun = [number for number, name in enumerate(names) if _last_step(stages[name]) is not None]
     for number in range(max(begun, default=0), len(names)):

@@ -27,9 +27,11 @@ from qwen3_jax.train.metrics import MetricsLog
 
 
 class Report:
-    """Tells of the steps after `start`. Only process 0 writes files; the others should have a quiet console."""
+    """Tells of the steps after `start`. Only process 0 writes to `files`; the others should have a quiet console."""
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, start: int, ledger: Ledger, console: Console) -> None:
+    def __init__(
+        self, config: TrainConfig, mesh: Mesh, files: Path, start: int, ledger: Ledger, console: Console
+    ) -> None:
         self._config, self._ledger, self._console = config, ledger, console
         self._schedule = make_schedule(config.optimizer, config.steps)
         self._tokens = config.data.batch_size * config.data.sequence_length
@@ -38,8 +40,8 @@ class Report:
         self._announce(mesh, start, peak_source)
         self._log: MetricsLog | None = None
         if jax.process_index() == 0:
-            _describe(config)
-            self._log = MetricsLog(Path(config.output_dir), start)
+            _describe(config, files)
+            self._log = MetricsLog(files, start)
         columns = (
             TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
             BarColumn(),
@@ -110,11 +112,10 @@ class Report:
         )
 
 
-def _describe(config: TrainConfig) -> None:
+def _describe(config: TrainConfig, files: Path) -> None:
     """Leaves beside the checkpoints what it takes to export them, and to tell what the data is."""
-    output = Path(config.output_dir)
-    write_catalogue(config.data, output)
-    (output / "config.json").write_text(json.dumps(config.model.to_hf(), indent=2) + "\n", encoding="utf-8")
+    write_catalogue(config.data, files)
+    (files / "config.json").write_text(json.dumps(config.model.to_hf(), indent=2) + "\n", encoding="utf-8")
     for name in TOKENIZER_FILES:
         if (Path(config.data.tokenizer) / name).is_file():
-            shutil.copyfile(Path(config.data.tokenizer) / name, output / name)
+            shutil.copyfile(Path(config.data.tokenizer) / name, files / name)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from qwen3_jax import hf
@@ -17,6 +15,7 @@ from qwen3_jax.checkpoint import CHECKPOINTS, Checkpointer, find_whole, restore_
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.train.feed import Feed
 from qwen3_jax.train.guard import Guard, GuardedState
+from qwen3_jax.train.output import Output
 from qwen3_jax.train.program import Program
 from qwen3_jax.train.step import TrainState
 
@@ -34,26 +33,16 @@ class Start:
     run: dict[str, Any]
 
 
-def check_output(directory: Path) -> None:
-    """ValueError unless files can be made in `directory`, which is made itself."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"output_dir: {str(directory)!r}: {error.strerror}; a directory that can be written fits"
-        ) from None
-
-
-def start_state(program: Program, checkpointer: Checkpointer, feed: Feed, announce: Callable[[str], None]) -> Start:
+def start_state(
+    program: Program, output: Output, checkpointer: Checkpointer, feed: Feed, announce: Callable[[str], None]
+) -> Start:
     """The state to go on from; moves `feed` to where it was.
 
     Raises:
       ValueError: `init_from` is unfit, no checkpoint of this run is whole, or the disk has no room for one.
     """
     config, abstract = program.config, program.state.train
-    _check_space(Path(config.output_dir), abstract)
+    output.check_space(abstract)
 
     step = checkpointer.newest_whole(announce)
     if step is not None:
@@ -62,24 +51,14 @@ def start_state(program: Program, checkpointer: Checkpointer, feed: Feed, announ
         guard = jax.device_put(Guard.create(**run["guard"]), program.replicated)
         return Start(GuardedState(TrainState(*arrays), guard), step, run)
     if config.init_from is not None:
-        params = _load(Path(config.init_from), config.model, abstract.params, program.mesh, announce)
+        params = _load(epath.Path(config.init_from), config.model, abstract.params, program.mesh, announce)
     else:
         params = program.init(jax.random.key(config.seed))
     train = TrainState(params, program.init_optimizer(params))
     return Start(GuardedState(train, jax.device_put(Guard.create(), program.replicated)), 0, {})
 
 
-def _check_space(directory: Path, arrays: Any) -> None:
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise ValueError(
-            f"output_dir: {str(directory)!r} has {free / 2**20:,.0f} MiB free; a checkpoint needs "
-            f"{needed / 2**20:,.0f} MiB"
-        )
-
-
-def _load(source: Path, config: ModelConfig, params: Any, mesh: Mesh, announce: Callable[[str], None]) -> Any:
+def _load(source: epath.Path, config: ModelConfig, params: Any, mesh: Mesh, announce: Callable[[str], None]) -> Any:
     """The weights of a Hugging Face checkpoint, or of a run's newest whole one."""
     held = ModelConfig.from_hf(source)
     for field in dataclasses.fields(config):

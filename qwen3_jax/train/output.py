@@ -1,0 +1,115 @@
+"""Where a run writes: a directory that all its processes see, on a disk or in a bucket."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+from etils import epath
+
+from qwen3_jax.checkpoint import CHECKPOINTS
+
+METRICS = "metrics.jsonl"
+_EVERY = 60.0  # seconds between copies to a bucket
+
+
+def check_output(output_dir: str) -> None:
+    """ValueError unless files can be made in `output_dir`, which is made itself."""
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it would trace what is raised here in one line
+    try:
+        directory = epath.Path(output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".writable-{jax.process_index()}"
+        probe.write_text("")
+        probe.unlink()
+    except Exception as error:  # each kind of storage has its own
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"output_dir: {output_dir!r}: {reason}; a directory that can be written fits") from None
+
+
+class Output:
+    """A run's output_dir. Checkpoints go straight there. So do all other files on a disk; for a bucket, whose objects
+    cannot be appended to, they are written to a directory of this machine and copied: every minute, before each
+    checkpoint, and on leaving the context.
+
+    Attributes:
+      directory: output_dir itself. checkpoints: in it. files: where this process writes everything else.
+
+    Raises:
+      ValueError: nothing can be written there.
+    """
+
+    def __init__(self, output_dir: str) -> None:
+        check_output(output_dir)
+        self.directory = epath.Path(output_dir)
+        self.checkpoints = self.directory / CHECKPOINTS
+        self._in_bucket = "://" in output_dir
+        self.files = Path(tempfile.mkdtemp(prefix="qwen3-jax-") if self._in_bucket else output_dir)
+        self._copied: dict[Path, tuple[int, int]] = {}  # size and time of each file when it was copied
+        self._copying = threading.Lock()
+        self._left = threading.Event()
+        if self._in_bucket and jax.process_index() == 0 and (self.directory / METRICS).exists():
+            (self.directory / METRICS).copy(self.files / METRICS)
+
+    def check_space(self, arrays: Any) -> None:
+        """ValueError unless a disk has room for a checkpoint of these."""
+        if self._in_bucket:
+            return
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+        free = shutil.disk_usage(self.files).free
+        if free < needed:
+            raise ValueError(
+                f"output_dir: {str(self.directory)!r} has {free / 2**20:,.0f} MiB free; a checkpoint needs "
+                f"{needed / 2**20:,.0f} MiB"
+            )
+
+    def publish(self) -> None:
+        """Copies to the bucket what was written since the last time; nothing to do on a disk.
+
+        Raises:
+          OSError: naming the file.
+        """
+        if not self._in_bucket:
+            return
+        with self._copying:
+            for file in sorted(path for path in self.files.rglob("*") if path.is_file()):
+                stat = file.stat()
+                state = (stat.st_size, stat.st_mtime_ns)
+                if self._copied.get(file) == state:
+                    continue
+                target = self.directory / file.relative_to(self.files)
+                try:
+                    target.write_bytes(file.read_bytes())
+                except Exception as error:  # each kind of storage has its own
+                    raise OSError(f"{str(target)!r}: {str(error).partition(chr(10))[0]}") from error
+                self._copied[file] = state
+
+    def __enter__(self) -> Output:
+        if self._in_bucket:
+            threading.Thread(target=self._publish_regularly, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._left.set()
+        try:
+            self.publish()
+        except OSError:
+            if error is None:
+                raise
+        finally:
+            if self._in_bucket:
+                shutil.rmtree(self.files, ignore_errors=True)
+
+    def _publish_regularly(self) -> None:
+        while not self._left.wait(_EVERY):
+            with contextlib.suppress(OSError):  # tried again in a minute, and before a checkpoint for good
+                self.publish()
