@@ -122,9 +122,15 @@ def saved_steps(bucket: Bucket) -> list[int]:
     return sorted(int(n[2]) for n in names if n[:2] == ["run", "checkpoints"] and n[3:] == ["commit_success.txt"])
 
 
+def begun_steps(bucket: Bucket) -> set[int]:
+    with bucket.lock:
+        names = [name.split("/") for name in bucket.objects]
+    return {int(n[2]) for n in names if n[:2] == ["run", "checkpoints"] and n[2].isdecimal()}
+
+
 def test_a_run_in_a_bucket_killed_damaged_exported(folder: Path, bucket: Bucket) -> None:
-    """Killed with SIGKILL six times, each time a random while after another checkpoint, so that some of what is left
-    is half a checkpoint; then its newest one is damaged. The series in the bucket is that of a run on this disk which
+    """Killed with SIGKILL four times or more, each time a random while after another checkpoint, until once half a
+    checkpoint was left; then its newest one is damaged. The series in the bucket is that of a run on this disk which
     nothing interrupts, and what is exported from there are that run's weights."""
     said = finish(folder, train(folder, "here.yaml"))
     assert f"trained to step {STEPS}" in said
@@ -132,7 +138,8 @@ def test_a_run_in_a_bucket_killed_damaged_exported(folder: Path, bucket: Bucket)
     assert [line["step"] for line in expected] == list(range(1, STEPS + 1))
 
     rng = random.Random(0)
-    for _ in range(6):
+    kills = halves = 0
+    while kills < 4 or not halves:
         process, before = train(folder), saved_steps(bucket)
         while process.poll() is None and saved_steps(bucket)[-1:] == before[-1:]:
             time.sleep(0.005)
@@ -140,6 +147,8 @@ def test_a_run_in_a_bucket_killed_damaged_exported(folder: Path, bucket: Bucket)
         assert process.poll() is None, (folder / "said").read_text()
         process.kill()
         process.wait()
+        kills += 1
+        halves += len(begun_steps(bucket) - set(saved_steps(bucket)))
     newest = saved_steps(bucket)[-1]
     assert newest < STEPS
     name = max(
