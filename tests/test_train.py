@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ import optax
 import pytest
 import yaml
 from flax import linen as nn
+from tensorboardX.proto.event_pb2 import Event
 
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.data.arithmetic import write_dataset
@@ -124,6 +126,36 @@ def test_metrics_beyond_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_event_files_have_groups_of_layers(tmp_path: Path) -> None:
+    """Twenty layers in eight groups: the largest of a maximum, the smallest of a minimum, the mean of the rest; three
+    layers are a series each."""
+    log = MetricsLog(tmp_path, 0)
+    twenty = [float(layer) for layer in range(20)]
+    twenty[3] = float("nan")
+    log.write(5, {"loss": 2.0, "load_max": twenty, "load_min": twenty, "entropy": twenty, "dropped": [0.0, 0.5, 1.0]})
+    log.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    values, content = {}, file.read_bytes()
+    while content:  # records of TensorFlow's format: length, its checksum, an event, its checksum
+        (length,) = struct.unpack_from("<Q", content)
+        event = Event.FromString(content[12 : 12 + length])
+        values |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
+        content = content[16 + length :]
+    assert values["loss"] == (5, 2.0)
+    assert [values[f"dropped/{layer}"] for layer in range(3)] == [(5, 0.0), (5, 0.5), (5, 1.0)]
+    groups = ["0-1", "2-4", "5-6", "7-9", "10-11", "12-14", "15-16", "17-19"]
+    assert len(values) == 1 + 3 + 3 * len(groups)
+    expected = {
+        "load_max": [1, 4, 6, 9],
+        "load_min": [0, 2, 5, 7],
+        "entropy": [0.5, 3, 5.5, 8],
+    }  # not a number: left out
+    for name, first in expected.items():
+        assert [values[f"{name}/{group}"][1] for group in groups[:4]] == first
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["load_max"][3:5] == [None, 4.0]
 
 
 # Runs of train.py itself.

@@ -29,10 +29,11 @@ class ComputeConfig:
 class TrainConfig:
     """One run.
 
-    output_dir: checkpoints, metrics and event files go here; a run that finds its checkpoints there goes on.
+    output_dir: checkpoints, metrics and event files go here, a directory that all processes see, or gs://; a run that
+      finds its checkpoints there goes on.
     steps: optimiser steps. accumulation: micro-batches a step's batch is cut into.
-    init_from: a Hugging Face checkpoint's directory, or another run's output_dir, whose newest whole checkpoint's
-      weights are taken; the optimiser and the data begin anew. None starts from random weights.
+    init_from: the directory, on a disk, of a Hugging Face checkpoint; or another run's output_dir, whose newest whole
+      checkpoint's weights are taken; the optimiser and the data begin anew. None starts from random weights.
     checkpoint_every: steps between checkpoints; the last step is always saved. keep: how many of the newest stay.
     keep_every: checkpoints of every so many steps stay for good.
     log_every: steps between lines of metrics. heat_map_every: steps between pictures of the experts' load.

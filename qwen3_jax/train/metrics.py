@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from tensorboardX import SummaryWriter
 
 from qwen3_jax.train.output import METRICS
 
+_GROUPS = 8
+
 
 class MetricsLog:
-    """Writes one line a step to `metrics.jsonl` and the same to TensorBoard.
+    """Writes one line a step to `metrics.jsonl`, and the same to TensorBoard, layers there in groups.
 
     A run that goes on from step `start` forgets what a previous one logged beyond it, so that the series is that of
     a run that was never cut.
@@ -37,7 +41,7 @@ class MetricsLog:
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Logs floats, and lists of floats (one value a layer); what is not finite becomes null.
+        """Logs floats, and lists of floats (one value a routed layer); what is not finite becomes null.
 
         Raises:
           OSError: naming the file.
@@ -49,8 +53,8 @@ class MetricsLog:
         except OSError as error:
             raise OSError(f"metrics of step {step}: {str(self._path)!r}: {error.strerror}") from None
         for name, value in metrics.items():
-            parts = {f"{name}/{layer}": part for layer, part in enumerate(value)} if isinstance(value, list) else {}
-            for label, part in (parts or {name: value}).items():
+            parts = _by_group(name, value) if isinstance(value, list) else {name: value}
+            for label, part in parts.items():
                 if part is not None:
                     self._writer.add_scalar(label, part, step)
 
@@ -65,6 +69,19 @@ class MetricsLog:
         """Flushes both."""
         self._file.close()
         self._writer.close()
+
+
+def _by_group(name: str, values: list[float | None]) -> dict[str, float | None]:
+    """One number for each of up to eight groups of neighbouring layers: the largest of a maximum, the smallest of a
+    minimum, the mean of what else there is."""
+    bounds = np.linspace(0, len(values), min(len(values), _GROUPS) + 1).astype(int)
+    reduce = max if name.endswith("_max") else min if name.endswith("_min") else statistics.fmean
+    groups: dict[str, float | None] = {}
+    for start, stop in itertools.pairwise(bounds):
+        known = [value for value in values[start:stop] if value is not None]
+        label = f"{name}/{start}" if stop - start == 1 else f"{name}/{start}-{stop - 1}"
+        groups[label] = reduce(known) if known else None
+    return groups
 
 
 def _finite(value: Any) -> Any:
