@@ -21,11 +21,12 @@ _EVERY = 60.0  # seconds between copies to a bucket
 
 
 def check_output(output_dir: str) -> None:
-    """ValueError unless files can be made in `output_dir`, which is made itself."""
+    """ValueError unless files can be made in `output_dir`, which is made itself if it is on a disk."""
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it would trace what is raised here in one line
     try:
         directory = epath.Path(output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
+        if "://" not in output_dir:  # a bucket has no directories, and gcsfs would make the bucket
+            directory.mkdir(parents=True, exist_ok=True)
         probe = directory / f".writable-{jax.process_index()}"
         probe.write_text("")
         probe.unlink()
