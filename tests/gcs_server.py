@@ -5,17 +5,17 @@ Generations and their preconditions are kept: tensorstore builds atomic writes o
 
 from __future__ import annotations
 
-import base64
 import email
 import json
 import re
 import sys
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 BUCKET = "bucket"
 _OBJECT = re.compile(
@@ -169,10 +169,10 @@ class _Handler(BaseHTTPRequestHandler):
         upload = query.get("upload_id")
         if upload is None:
             name = query.get("name") or json.loads(content)["name"]
-            upload = base64.urlsafe_b64encode(f"{len(self.bucket.uploads)}".encode()).decode()
+            upload = uuid.uuid4().hex
             self.bucket.uploads[upload] = (name, bytearray())
             place = f"http://{self.headers['Host']}/upload/storage/v1/b/{BUCKET}/o"
-            return 200, {"Location": f"{place}?uploadType=resumable&upload_id={quote(upload)}"}, b""
+            return 200, {"Location": f"{place}?uploadType=resumable&upload_id={upload}"}, b""
         name, so_far = self.bucket.uploads[upload]
         so_far += content
         if self.headers.get("Content-Range", "").endswith("/*"):

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen3_jax.checkpoint import Checkpointer, find_whole
-from qwen3_jax.train.start import check_output
+from qwen3_jax.train.output import check_output
 
 
 def weights(devices: int = 1, rows: int = 64) -> dict[str, jax.Array]:
@@ -160,11 +160,11 @@ def test_a_disk_that_fills_up_is_named_and_nothing_half_written_counts(small_dis
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"^output_dir: '.*file/out': Not a directory; a directory that can be"):
-        check_output(tmp_path / "file" / "out")
+        check_output(str(tmp_path / "file" / "out"))
     (tmp_path / "source").mkdir()
     mount(str(tmp_path / "source"), tmp_path / "readonly", "--bind", "-o", "ro")
     try:
         with pytest.raises(ValueError, match=r"^output_dir: '.*readonly': Read-only file system; a directory"):
-            check_output(tmp_path / "readonly")
+            check_output(str(tmp_path / "readonly"))
     finally:
         subprocess.run(["umount", str(tmp_path / "readonly")], check=True)
