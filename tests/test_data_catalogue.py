@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]
     )
     config = DataConfig(sources, str(folder), sequence_length=20, batch_size=4)
     write_catalogue(config, folder)
-    loaders = [make_loader(config, i, 2) for i in range(2)]
+    loaders = [make_loader(config, rows) for rows in ((0, 1), (2, 3))]
     tokens = dict.fromkeys(LETTERS, 0)
     tokenizer = load_tokenizer(folder)
     for step in range(1, 21):

@@ -1,7 +1,7 @@
 """The training data pipeline: documents -> examples -> lanes -> batches, with a position that is exact at every step.
 
-Row r of a batch is lane r (see `qwen3_jax.data.lanes`). A process owns consecutive lanes, and its workers own parts of
-these; who owns a lane changes nothing in it.
+Row r of a batch is lane r (see `qwen3_jax.data.lanes`). A process owns some lanes, and its workers own parts of these;
+who owns a lane changes nothing in it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 
 from qwen3_jax.data.config import DataConfig
@@ -23,31 +22,24 @@ from qwen3_jax.tokenizer import load_tokenizer
 _AHEAD = 2  # batches made ready while the accelerator works
 
 
-def make_loader(
-    config: DataConfig, process_index: int | None = None, process_count: int | None = None
-) -> grain.DatasetIterator:
-    """An endless iterator over this process's rows of the batches.
+def make_loader(config: DataConfig, rows: Sequence[int] | None = None) -> grain.DatasetIterator:
+    """An endless iterator over some rows of the batches: those that a process needs.
 
-    A batch is a dict of arrays [batch_size / process_count, sequence_length]: `tokens`, `targets`, `segment_ids`,
-    `positions` (int32) and `loss_weights` (float32); `qwen3_jax.data.packing.add_targets` says what they hold.
+    A batch is a dict of arrays [len(rows), sequence_length]: `tokens`, `targets`, `segment_ids`, `positions` (int32)
+    and `loss_weights` (float32); `qwen3_jax.data.packing.add_targets` says what they hold.
 
-    `get_state()` is a dict fit for JSON with an entry for each lane of this process, after the batch last returned,
+    `get_state()` is a dict fit for JSON with an entry for each of the rows, after the batch last returned,
     whatever was read ahead. `set_state()` takes these dicts of all processes joined into one, however many processes
     there were, and goes on with bit-identical batches.
 
     Args:
-      process_index, process_count: whose rows; by default those of jax.
+      rows: their numbers in the whole batch; None is all of them.
 
     Raises:
-      ValueError: for files or a batch size that do not fit; while iterating, `file:line: reason` for a malformed
+      ValueError: for files that do not fit; while iterating, `file:line: reason` for a malformed
         document; in `set_state`, naming what is missing or was configured otherwise.
     """
-    index = jax.process_index() if process_index is None else process_index
-    count = jax.process_count() if process_count is None else process_count
-    if config.batch_size % count:
-        raise ValueError(f"batch_size: {config.batch_size}; a multiple of the {count} processes fits")
-    rows = config.batch_size // count
-    lanes = range(index * rows, (index + 1) * rows)
+    lanes = range(config.batch_size) if rows is None else rows
     # The thread keeps the state of each batch beside it.
     return grain.experimental.ThreadPrefetchDatasetIterator(_Batches(config, lanes, open_streams(config)), _AHEAD)
 

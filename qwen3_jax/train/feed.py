@@ -12,22 +12,17 @@ from qwen3_jax.data import DataConfig, make_loader
 
 
 class Feed:
-    """Batches as global arrays [batch_size, sequence_length]; each process reads the rows that its devices hold.
-
-    Raises:
-      ValueError: the rows of this process's devices are not one block.
-    """
+    """Batches as global arrays [batch_size, sequence_length]; each process reads the rows that its devices hold."""
 
     def __init__(self, config: DataConfig, sharding: NamedSharding) -> None:
         self._shape = (config.batch_size, config.sequence_length)
         self._sharding = sharding
+        # Not one block of rows: a TPU host's chips are a square of the network, its place in the mesh is several.
         places = sharding.addressable_devices_indices_map(self._shape).values()
-        blocks = {place[0].indices(config.batch_size)[:2] for place in places if place is not None}
-        self._first, stop = min(blocks)[0], max(blocks)[1]
-        rows = stop - self._first
-        if rows > sum(end - start for start, end in blocks) or self._first % rows or config.batch_size % rows:
-            raise ValueError(f"mesh: process {jax.process_index()} holds rows {sorted(blocks)}; one block of them fits")
-        self._loader = make_loader(config, process_index=self._first // rows, process_count=config.batch_size // rows)
+        spans = [place[0].indices(config.batch_size)[:2] for place in places if place is not None]
+        rows = sorted({row for start, stop in spans for row in range(start, stop)})
+        self._index = {row: index for index, row in enumerate(rows)}
+        self._loader = make_loader(config, rows)
 
     def __next__(self) -> dict[str, jax.Array]:
         return {name: self._put(value) for name, value in next(self._loader).items()}
@@ -44,6 +39,7 @@ class Feed:
         def share(place: tuple[slice, ...] | None) -> np.ndarray[Any, Any]:
             assert place is not None  # it is for devices of other processes
             start, stop, _ = place[0].indices(self._shape[0])
-            return rows[start - self._first : stop - self._first, place[1]]
+            first = self._index[start]
+            return rows[first : first + stop - start, place[1]]
 
         return jax.make_array_from_callback(self._shape, self._sharding, share)
