@@ -16,6 +16,7 @@ from rich.progress import track
 
 from qwen3_jax import hf
 from qwen3_jax.checkpoint import CHECKPOINTS, PARAMS, absolute, find_whole
+from qwen3_jax.cli.errors import on_disk
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.tokenizer import TOKENIZER_FILES
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=epath.Path,
         help="directory with config.json and *.safetensors, one written by this, or a training run's output_dir",
     )
-    parser.add_argument("target", type=Path, help="directory to make")
+    parser.add_argument("target", type=on_disk, help="directory to make")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -26,3 +28,10 @@ def exits_cleanly(main: Callable[P, T]) -> Callable[P, T]:
             sys.exit(130)
 
     return wrapped
+
+
+def on_disk(text: str) -> Path:
+    """The type of an argument that is a path, and cannot be one in a bucket."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r}; a path on a disk fits")
+    return Path(text)

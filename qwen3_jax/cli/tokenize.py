@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qwen3_jax.cli.config_file import load_config
+from qwen3_jax.cli.errors import on_disk
 from qwen3_jax.data.counts import Counts
 from qwen3_jax.data.tokenize import DOCUMENTS_PER_SHARD, tokenize_source
 from qwen3_jax.train import TrainConfig
@@ -18,7 +18,7 @@ from qwen3_jax.train import TrainConfig
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `tokenize`."""
     parser.add_argument("config", help="a YAML file of a run, whose data.sources are read")
-    parser.add_argument("out", type=Path, help="where each source gets a directory OUT/NAME of ArrayRecord shards")
+    parser.add_argument("out", type=on_disk, help="where each source gets a directory OUT/NAME of ArrayRecord shards")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
     parser.add_argument(
         "--documents-per-shard", type=int, default=DOCUMENTS_PER_SHARD, help="documents (default: %(default)s)"

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import orbax.checkpoint as ocp
 from etils import epath
 
 from qwen3_jax.data import manifest
@@ -95,7 +96,8 @@ def consumption(run: epath.Path | Path) -> Consumption:
 
 
 def _newest_lanes(run: epath.Path | Path) -> tuple[int, dict[str, Any]]:
-    steps = [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdecimal()]
+    directory = run / "checkpoints"
+    steps = ocp.utils.checkpoint_steps(epath.Path(directory)) if directory.is_dir() else []
     for step in sorted(steps, reverse=True):
         files = sorted((run / "checkpoints" / str(step) / "data").glob("*.json"))
         if files:
