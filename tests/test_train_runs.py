@@ -309,6 +309,12 @@ def test_a_run_that_changes_its_mesh_has_the_same_losses(folder: Path) -> None:
     np.testing.assert_allclose(losses(moved), losses(eight), rtol=1e-5)
 
 
+def test_key_value_heads_that_are_replicated_are_named(folder: Path) -> None:
+    flags = "--xla_force_host_platform_device_count=4"
+    said = finish(start(folder, "heads", *SHORT, "--mesh.fsdp", "1", "--mesh.tensor", "4", XLA_FLAGS=flags))
+    assert "tensor 4 does not divide the 2 key-value heads: each device has all of them" in said
+
+
 def start_many(folder: Path, output: str, address: str, count: int, *overrides: str) -> list[subprocess.Popen[str]]:
     """One run in `count` processes with a device each, which meet at `address`."""
     return [

@@ -98,6 +98,9 @@ class Report:
         """What the configuration comes to."""
         config, model, data = self._config, self._config.model, self._config.data
         axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
+        heads, tensor = model.num_key_value_heads, mesh.shape["tensor"]
+        if heads % tensor:
+            axes += f"; tensor {tensor} does not divide the {heads} key-value heads: each device has all of them"
         # float32 weights, two moments and a gradient.
         memory = 16 * model.num_params / math.prod(mesh.shape[axis] for axis in ("fsdp", "expert", "tensor"))
         self._console.print(
