@@ -51,7 +51,7 @@ LONG = (*[4] * 48, EOS, GEN, THINK)  # 51 ids, of which the context leaves 11
 def stacked_params() -> Any:
     """Random float32 weights whose logits are of order 2, larger for the markers, so that each of them is met."""
     shapes = nn.unbox(jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))["params"]
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(7)
 
     def weight(shape: tuple[int, ...], scale: float) -> np.ndarray:
         return rng.normal(scale=scale, size=shape).astype(np.float32)
