@@ -38,11 +38,10 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainState:
     """
     if console is None:
         console = Console(quiet=jax.process_index() > 0)
-    output = Output(config.output_dir)
     mesh = make_mesh(config.mesh)
     with (
+        Output(config.output_dir) as output,
         jax.set_mesh(mesh),
-        output,
         Checkpointer(output.checkpoints, config.keep, config.keep_every) as checkpointer,
         StopSignal(lambda text: console.print(text, soft_wrap=True)) as stop,
     ):

@@ -31,8 +31,14 @@ def check_output(output_dir: str) -> None:
         probe.write_text("")
         probe.unlink()
     except Exception as error:  # each kind of storage has its own
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"output_dir: {output_dir!r}: {reason}; a directory that can be written fits") from None
+        raise ValueError(
+            f"output_dir: {output_dir!r}: {_reason(error)}; a directory that can be written fits"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """In one line."""
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
 
 
 class Output:
@@ -89,7 +95,7 @@ class Output:
                 try:
                     target.write_bytes(file.read_bytes())
                 except Exception as error:  # each kind of storage has its own
-                    raise OSError(f"{str(target)!r}: {str(error).partition(chr(10))[0]}") from error
+                    raise OSError(f"{str(target)!r}: {_reason(error)}") from error
                 self._copied[file] = state
 
     def __enter__(self) -> Output:

@@ -44,6 +44,7 @@ CONFIG = ModelConfig(
     mlp_only_layers=(0,),
 )
 MODEL = Qwen3(CONFIG)
+EXPERTS = "layers_1_3"  # the layers that have some
 LONG = (*[4] * 48, EOS, GEN, THINK)  # 51 ids, of which the context leaves 11
 
 
@@ -51,7 +52,11 @@ LONG = (*[4] * 48, EOS, GEN, THINK)  # 51 ids, of which the context leaves 11
 def stacked_params() -> Any:
     """Random float32 weights whose logits are of order 2, larger for the markers, so that each of them is met."""
     shapes = nn.unbox(jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))["params"]
-    rng = np.random.default_rng(7)
+    mlp = shapes[EXPERTS]["mlp"]
+    layers, experts, _, *table = mlp.pop("gate_up_proj").shape
+    # Drawn apart: the tests' rows were chosen for the ends that these weights bring about.
+    mlp["gate_proj"] = mlp["up_proj"] = jax.ShapeDtypeStruct((layers, experts, *table), jnp.float32)
+    rng = np.random.default_rng(0)
 
     def weight(shape: tuple[int, ...], scale: float) -> np.ndarray:
         return rng.normal(scale=scale, size=shape).astype(np.float32)
@@ -59,6 +64,8 @@ def stacked_params() -> Any:
     weights = jax.tree_util.tree_map_with_path(
         lambda path, leaf: weight(leaf.shape, 0.15) + ("norm" in path[-1].key), shapes
     )
+    mlp = weights[EXPERTS]["mlp"]
+    mlp["gate_up_proj"] = np.stack([mlp.pop("gate_proj"), mlp.pop("up_proj")], axis=2)
     head = weight((V, CONFIG.hidden_size), 0.35)
     head[[THINK, END, TOOL, END_TOOL]] *= 1.5
     head[[EOS, EOS_2]] *= 0.6
