@@ -11,6 +11,9 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
+import re
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
@@ -53,7 +56,9 @@ class Checkpointer:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
+                async_options=ocp.AsyncOptions(
+                    post_finalization_callback=self._write_digests, barrier_sync_fn=_wait_for_all
+                ),
             ),
         )
         self._saving = -1
@@ -133,8 +138,8 @@ class Checkpointer:
             raise self._refusal(error) from error
 
     def _refusal(self, error: Exception) -> OSError:
-        text = str(error)
-        reason = "No space left on device" if "No space left on device" in text else text.splitlines()[0][:200]
+        number = re.search(r"os_error_code='(\d+)'", str(error))  # deep in what tensorstore says
+        reason = os.strerror(int(number[1])) if number else str(error).splitlines()[0][:200]
         return OSError(f"checkpoint {self._saving}: {str(self.directory)!r}: {reason}; nothing of it counts")
 
     def _write_digests(self) -> None:
@@ -226,6 +231,14 @@ def _set_aside(path: epath.Path) -> None:
 def _barrier(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def _wait_for_all(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier, except after a failure: Orbax then comes to another one than the processes that had none."""
+    failure = sys.exception()
+    if failure is not None:
+        raise failure
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 class _Manager(ocp.CheckpointManager):

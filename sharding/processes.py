@@ -1,13 +1,21 @@
-"""Joining the other processes of a run."""
+"""Joining the other processes of a run, and ending with them."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
+import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax._src import distributed  # the store that the processes share has no public name
 
 _GOOGLE = "0x1ae0"  # PCI vendor of TPUs
+_FAILURE = "qwen3_jax/failure"  # its key in the store
+_GRACE = 10.0  # seconds to end by itself: what one process refuses, the others mostly refuse too
 
 
 def start_processes() -> None:
@@ -24,6 +32,35 @@ def start_processes() -> None:
         jax.distributed.initialize(num_processes=_number("JAX_NUM_PROCESSES"), process_id=_number("JAX_PROCESS_ID"))
     elif any(path.read_text().strip() == _GOOGLE for path in Path("/sys/bus/pci/devices").glob("*/vendor")):
         jax.distributed.initialize()
+    else:
+        return
+    ending = threading.Event()
+    watch = threading.Thread(target=_watch, args=(distributed.global_state, ending), daemon=True)
+    watch.start()
+    atexit.register(lambda: (ending.set(), watch.join()))  # comes before jax's own farewell, which was registered first
+
+
+def end_others(failure: str) -> None:
+    """To be called before this process ends by a failure: the others, which would wait for it in their next collective,
+    print it and exit with code 2."""
+    state = distributed.global_state
+    if state.client is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another failed first
+            state.client.key_value_set(_FAILURE, f"process {state.process_id}: {failure}")
+
+
+def _watch(state: Any, ending: threading.Event) -> None:
+    """Looks for the failure of another process, and ends this one wherever it stands."""
+    failure = None
+    while failure is None:
+        if ending.wait(1.0):
+            return
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is none
+            failure = state.client.key_value_try_get(_FAILURE)
+    if not failure.startswith(f"process {state.process_id}:") and not ending.wait(_GRACE):
+        print(f"error: {failure}", file=sys.stderr, flush=True)
+        jax.distributed.shutdown()
+        os._exit(2)
 
 
 def _number(name: str) -> int:

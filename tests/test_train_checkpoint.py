@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen3_jax.checkpoint import Checkpointer, find_whole
+from qwen3_jax.train.metrics import MetricsLog
 from qwen3_jax.train.output import check_output
 
 
@@ -155,6 +156,21 @@ def test_a_disk_that_fills_up_is_named_and_nothing_half_written_counts(small_dis
         assert checkpointer.newest_whole(pytest.fail) == newest
         assert all("tmp" not in name for name in steps_of(small_disk))
         assert checkpointer.restore(newest, abstract(many), abstract(moment))[0]["kernel"].shape == (3000, 48)
+
+
+def test_metrics_that_no_longer_fit_on_the_disk_end_the_run(small_disk: Path) -> None:
+    """None are lost in silence, nor does the run wait for room that never comes."""
+
+    def fill() -> None:
+        log = MetricsLog(small_disk, 0)
+        try:
+            for step in range(1, 10_000):
+                log.write(step, {f"number_{i}": 0.5 for i in range(100)})
+        finally:
+            log.close()
+
+    with pytest.raises(OSError, match=rf"^metrics: '{small_disk}': No space left on device$"):
+        fill()
 
 
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Bad input ends a command with one line and exit code 2."""
+"""Bad input ends a command, all its processes, with one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
+
+from sharding import end_others
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -23,9 +25,14 @@ def exits_cleanly(main: Callable[P, T]) -> Callable[P, T]:
             return main(*args, **kwargs)
         except (ValueError, FloatingPointError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
+            end_others(str(error))
             sys.exit(2)
         except KeyboardInterrupt:
+            end_others("Ctrl-C")
             sys.exit(130)
+        except Exception as error:
+            end_others(repr(error))
+            raise
 
     return wrapped
 

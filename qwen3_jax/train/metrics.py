@@ -6,16 +6,23 @@ import itertools
 import json
 import math
 import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import matplotlib.image
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from qwen3_jax.train.output import METRICS
 
 _GROUPS = 8
+_FLUSH_EVERY = 30.0  # seconds between the moments when TensorBoard can see what is new
 
 
 class MetricsLog:
@@ -38,37 +45,64 @@ class MetricsLog:
         fresh.write_text("".join(kept), encoding="utf-8")
         fresh.replace(self._path)
         self._file = self._path.open("a", encoding="utf-8")
-        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+        events = directory / "tensorboard"
+        events.mkdir(exist_ok=True)
+        # Written by this thread: SummaryWriter's own dies of a full disk, and then its queue is waited for.
+        self._events = EventsWriter(str(events / "events"))
+        self._flushed = 0.0
+        self._put(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Logs floats, and lists of floats (one value a routed layer); what is not finite becomes null.
 
         Raises:
-          OSError: naming the file.
+          OSError: naming the directory.
         """
         metrics = _finite(metrics)
-        try:
-            self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise OSError(f"metrics of step {step}: {str(self._path)!r}: {error.strerror}") from None
+        values = []
         for name, value in metrics.items():
             parts = _by_group(name, value) if isinstance(value, list) else {name: value}
-            for label, part in parts.items():
-                if part is not None:
-                    self._writer.add_scalar(label, part, step)
+            values += [Summary.Value(tag=tag, simple_value=part) for tag, part in parts.items() if part is not None]
+        with self._named():
+            self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+            self._file.flush()
+            self._put(Event(step=step, summary=Summary(value=values)))
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes `<name>/<step>.png`, and to TensorBoard, a picture [height, width, 3] uint8."""
+        """Writes `<name>/<step>.png`, and to TensorBoard, a picture [height, width, 3] uint8.
+
+        Raises:
+          OSError: naming the directory.
+        """
         directory = self._path.with_name(name)
-        directory.mkdir(exist_ok=True)
-        matplotlib.image.imsave(directory / f"{step}.png", image)
-        self._writer.add_image(name, image, step, dataformats="HWC")
+        with self._named():
+            directory.mkdir(exist_ok=True)
+            matplotlib.image.imsave(directory / f"{step}.png", image)
+            self._put(Event(step=step, summary=summary.image(name, image, dataformats="HWC")))
 
     def close(self) -> None:
-        """Flushes both."""
-        self._file.close()
-        self._writer.close()
+        """Flushes both.
+
+        Raises:
+          OSError: naming the directory.
+        """
+        with self._named():
+            self._file.close()
+            self._events.close()
+
+    def _put(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events.write_event(event)
+        if event.wall_time - self._flushed >= _FLUSH_EVERY:
+            self._flushed = event.wall_time
+            self._events.flush()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"metrics: {str(self._path.parent)!r}: {error.strerror}") from None
 
 
 def _by_group(name: str, values: list[float | None]) -> dict[str, float | None]:
