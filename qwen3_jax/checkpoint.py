@@ -108,6 +108,9 @@ class Checkpointer:
         """`(params, optimizer, data, run)`, the arrays shaped and sharded as the abstract ones given are.
 
         Neither the mesh nor the number of processes need be those that saved: `data` is the union of all their parts.
+
+        Raises:
+          ValueError: it holds other arrays, of a model or an optimiser of another kind.
         """
         args = ocp.args.Composite(
             params=ocp.args.StandardRestore(params),
@@ -115,7 +118,14 @@ class Checkpointer:
             data=_RestoreParts(),
             run=ocp.args.JsonRestore(),
         )
-        restored = self._manager.restore(step, args=args)
+        try:
+            restored = self._manager.restore(step, args=args)
+        except (ValueError, KeyError) as error:  # a page, with both trees in it
+            reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(":")
+            raise ValueError(
+                f"checkpoint {step}: {str(self.directory)!r} holds other arrays than this run has ({reason}); the "
+                "model, optimizer and release that wrote it, or another output_dir, fit"
+            ) from error
         return restored["params"], restored["optimizer"], restored["data"], restored["run"]
 
     def __enter__(self) -> Checkpointer:
@@ -138,7 +148,7 @@ class Checkpointer:
             raise self._refusal(error) from error
 
     def _refusal(self, error: Exception) -> OSError:
-        number = re.search(r"os_error_code='(\d+)'", str(error))  # deep in what tensorstore says
+        number = re.search(r"(?:os_error_code='|Errno )(\d+)", str(error))  # by tensorstore, or by the system
         reason = os.strerror(int(number[1])) if number else str(error).splitlines()[0][:200]
         return OSError(f"checkpoint {self._saving}: {str(self.directory)!r}: {reason}; nothing of it counts")
 

@@ -37,7 +37,9 @@ def start_processes() -> None:
     ending = threading.Event()
     watch = threading.Thread(target=_watch, args=(distributed.global_state, ending), daemon=True)
     watch.start()
-    atexit.register(lambda: (ending.set(), watch.join()))  # comes before jax's own farewell, which was registered first
+    # The last to be registered comes first: jax's own farewell, which waits for the other processes, after these.
+    atexit.register(watch.join)
+    atexit.register(ending.set)
 
 
 def end_others(failure: str) -> None:

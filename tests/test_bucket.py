@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
@@ -85,13 +86,14 @@ def write_formats(directory: Path, lines: list[bytes]) -> None:
     writer.close()
 
 
-def command(folder: Path, *words: str) -> subprocess.Popen[bytes]:
+def command(folder: Path, *words: str, **more: str) -> subprocess.Popen[bytes]:
     """What it prints goes to the file `said`: nobody reads a pipe of a process that is to be killed."""
     env = {
         **os.environ,
         "HOME": str(folder),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_PLATFORMS": "cpu",
+        **more,
     }
     env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     with (folder / "said").open("wb") as said:
@@ -176,9 +178,24 @@ def test_a_run_in_a_bucket_killed_damaged_exported(folder: Path, bucket: Bucket)
     assert exported[0] == exported[1]
 
 
-def test_a_bucket_that_is_not_there_is_refused_in_one_line(folder: Path, bucket: Bucket) -> None:
-    text = (folder / "run.yaml").read_text().replace("gs://bucket/run", "gs://other/run")
-    (folder / "other.yaml").write_text(text)
-    said = finish(folder, train(folder, "other.yaml"), code=2)
-    assert "error: output_dir: 'gs://other/run': " in said
-    assert "Traceback" not in said
+def test_two_processes_in_a_bucket(folder: Path, bucket: Bucket, coordinator_address: str) -> None:
+    """Two processes train; one with two devices goes on from their checkpoint of step 8: the numbers are those of one
+    run here."""
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    steps = ("--steps", "12", "--checkpoint_every", "4")
+    words = (str(ROOT / "train.py"), str(folder / "run.yaml"), *steps, "--output_dir")
+    finish(folder, command(folder, *words, str(folder / "two"), **devices))
+    expected = [line["loss"] for line in series((folder / "two" / "metrics.jsonl").read_text())]
+
+    env = {"JAX_COORDINATOR_ADDRESS": coordinator_address, "JAX_NUM_PROCESSES": "2"}
+    processes = [command(folder, *words, "gs://bucket/two", **env, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    for process in processes:
+        finish(folder, process)
+    got = [line["loss"] for line in series(bucket.objects["two/metrics.jsonl"][1].decode())]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert len([name for name in bucket.objects if name.startswith("two/checkpoints/8/data/process_")]) == 2
+    for name in [name for name in bucket.objects if name.startswith("two/checkpoints/12/")]:
+        del bucket.objects[name]
+    assert "from step 8" in finish(folder, command(folder, *words, "gs://bucket/two", **devices))
+    got = [line["loss"] for line in series(bucket.objects["two/metrics.jsonl"][1].decode())]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)

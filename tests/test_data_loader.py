@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +15,6 @@ from typing import Any
 
 import draccus
 import grain
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -20,7 +23,6 @@ from qwen3_jax.data import DataConfig, SourceConfig, make_loader
 from qwen3_jax.data.mixture import shuffled
 from qwen3_jax.data.packing import OPEN_ROWS
 from qwen3_jax.tokenizer import load_tokenizer, train_sentencepiece
-from qwen3_jax.train.feed import Feed
 
 Batch = dict[str, np.ndarray]
 
@@ -191,22 +193,18 @@ def test_rows_may_lie_apart(folder: Path) -> None:
     _assert_same(_batches(make_loader(config, rows), 30), expected)
 
 
-def test_a_process_feeds_the_rows_of_its_devices(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two blocks of rows, each on two devices that split its tokens, as on a host of a slice; the other rows are other
-    processes', which are not there, so that the global array cannot be made."""
-    held = {(start, half): (slice(start, start + 2), slice(half, half + 12)) for start in (2, 6) for half in (0, 12)}
-
-    class Sharding:
-        def addressable_devices_indices_map(self, shape: tuple[int, ...]) -> dict[Any, tuple[slice, slice]]:
-            assert shape == (8, 24)
-            return held
-
-    config = _config(folder, "mixed.jsonl")
-    monkeypatch.setattr(jax, "make_array_from_callback", lambda *args: [(at, args[2](at)) for at in held.values()])
-    (whole,) = _batches(make_loader(config), 1)
-    for name, parts in next(Feed(config, Sharding())).items():  # type: ignore[arg-type]
-        for at, part in parts:
-            np.testing.assert_array_equal(part, whole[name][at])
+def test_processes_feed_the_rows_of_their_devices(folder: Path, coordinator_address: str) -> None:
+    """Two processes, each with two blocks of rows that lie apart, and pairs of devices that split the tokens."""
+    config = json.dumps(dataclasses.asdict(_config(folder, "mixed.jsonl")))
+    env = {**os.environ, "JAX_COORDINATOR_ADDRESS": coordinator_address, "JAX_NUM_PROCESSES": "2"}
+    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    command = [sys.executable, str(Path(__file__).with_name("feed_worker.py")), config]
+    processes = [
+        subprocess.Popen(command, env={**env, "JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    rows = [json.loads(process.communicate(timeout=300)[0]) for process in processes]
+    assert rows == [["0", "1", "4", "5"], ["2", "3", "6", "7"]]
 
 
 def test_the_number_of_processes_changes_no_batch(folder: Path) -> None:

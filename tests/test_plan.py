@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from qwen3_jax.cli.config_file import load_stages
+from qwen3_jax.cli.main import main as qwen3_jax
 from qwen3_jax.data import make_loader
 from qwen3_jax.data.arithmetic import write_dataset
 from qwen3_jax.model import Qwen3
@@ -205,6 +206,22 @@ def test_a_plan_that_was_killed_in_a_stage_goes_on_there_to_the_same_numbers(pla
     assert "from step 0" not in " ".join(out.split()).split("stage s3")[0]
     for stage in ("s1", "s2", "s3"):
         assert metrics_of(cut / stage) == metrics_of(whole / stage)
+
+
+@pytest.mark.parametrize("command", [["convert", "{run}", "{run}/exported"], ["data", "report", "{run}"]])
+def test_a_plan_is_not_a_run(plan: tuple[Path, str], command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    run = plan[0] / "runs" / "whole"
+    with pytest.raises(SystemExit, match="2"):
+        qwen3_jax([word.format(run=run) for word in command])
+    assert f"holds the stages of a plan; one of {run}/s1, {run}/s2, {run}/s3 fits" in capsys.readouterr().err
+
+
+def test_the_sources_of_all_stages_are_tokenised(plan: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(plan[0])
+    qwen3_jax(["tokenize", str(TOY), "ids", "--workers", "1"])
+    names = {source.name for stage in load_stages(TrainConfig, TOY).values() for source in stage.data.sources}
+    assert {path.name for path in (plan[0] / "ids").iterdir()} == names
+    assert all((plan[0] / "ids" / name / "manifest.json").is_file() for name in names)
 
 
 def test_a_plan_that_is_done_changes_nothing(plan: tuple[Path, str]) -> None:

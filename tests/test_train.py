@@ -24,11 +24,14 @@ from flax import linen as nn
 from tensorboardX.proto.event_pb2 import Event
 
 from qwen3_jax.config import ModelConfig
+from qwen3_jax.data import DataConfig, SourceConfig
 from qwen3_jax.data.arithmetic import write_dataset
 from qwen3_jax.model import Qwen3
 from qwen3_jax.train.flops import train_flops_per_token
 from qwen3_jax.train.metrics import MetricsLog
+from qwen3_jax.train.program import batch_sharding
 from qwen3_jax.train.step import TrainState, make_train_step
+from sharding import MeshConfig, make_mesh
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ModelConfig(
@@ -264,3 +267,10 @@ def test_bad_configuration_is_one_line_and_exit_code_2(
     assert done.returncode == 2
     assert message in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.strip()]) == 1
+
+
+def test_a_sequence_that_the_context_axis_cannot_cut_is_refused() -> None:
+    mesh = make_mesh(MeshConfig(fsdp=1, context=4, tensor=2))
+    data = DataConfig((SourceConfig("a", ("a.txt",)),), "tokenizer", sequence_length=36, batch_size=4)
+    with pytest.raises(ValueError, match=r"^data\.sequence_length: 36 on mesh\.context 4, .* a multiple of 8 fits$"):
+        batch_sharding(data, mesh, 1)

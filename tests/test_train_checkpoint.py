@@ -173,6 +173,11 @@ def test_metrics_that_no_longer_fit_on_the_disk_end_the_run(small_disk: Path) ->
         fill()
 
 
+def test_a_bucket_with_one_slash_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^output_dir: 'gs:/bucket/run'; gs://bucket/run fits$"):
+        check_output("gs:/bucket/run")
+
+
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"^output_dir: '.*file/out': Not a directory; a directory that can be"):

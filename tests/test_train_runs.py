@@ -115,6 +115,7 @@ def whole(folder: Path) -> list[dict[str, Any]]:
     """The series of a run that nothing interrupts."""
     said = finish(start(folder, "whole"))
     assert f"trained to step {STEPS}" in said
+    assert f"step {STEPS}/{STEPS}: loss " in said
     assert "s since the first start: step" in said
     series = lines_of(folder / "whole")
     assert [line["step"] for line in series] == list(range(1, STEPS + 1))
@@ -208,6 +209,14 @@ def test_a_second_ctrl_c_ends_the_run_at_once(folder: Path) -> None:
     process.communicate()
     assert process.returncode == 130
     assert lines_of(folder / "ended") == []
+
+
+def test_a_checkpoint_of_another_model_is_refused(folder: Path, stopped: int) -> None:
+    """Of other shapes, or with other weights."""
+    experts = "--model.num_experts 4 --model.num_experts_per_tok 2 --model.moe_intermediate_size 32".split()
+    refusal = f"error: checkpoint {stopped}: '{folder / 'stopped' / 'checkpoints'}' holds other arrays than this run"
+    for overrides in (["--model.hidden_size", "32"], experts):
+        assert refusal in finish(start(folder, "stopped", *overrides), code=2)
 
 
 def test_damaged_checkpoints_are_named_and_the_series_comes_out_the_same(

@@ -16,7 +16,7 @@ from rich.progress import track
 
 from qwen3_jax import hf
 from qwen3_jax.checkpoint import CHECKPOINTS, PARAMS, absolute, find_whole
-from qwen3_jax.cli.errors import on_disk
+from qwen3_jax.cli.errors import on_disk, one_run
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.tokenizer import TOKENIZER_FILES
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `qwen3-jax convert`."""
     parser.add_argument(
         "source",
-        type=epath.Path,
+        type=one_run,
         help="directory with config.json and *.safetensors, one written by this, or a training run's output_dir",
     )
     parser.add_argument("target", type=on_disk, help="directory to make")

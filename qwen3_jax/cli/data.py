@@ -7,11 +7,11 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from etils import epath
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from qwen3_jax.cli.errors import one_run
 from qwen3_jax.data.catalogue import Consumption, consumption
 from qwen3_jax.data.duplicates import NGRAM, THRESHOLD, Checker, Finding, write_without
 from qwen3_jax.data.source import DocumentSource
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="data_command", required=True)
     text = "what a run has consumed, by source, licence, language and label"
     report = commands.add_parser("report", help=text, description=text)
-    report.add_argument("run", type=epath.Path, help="output_dir of a training run that has saved a checkpoint")
+    report.add_argument("run", type=one_run, help="output_dir of a training run that has saved a checkpoint")
     report.add_argument("--json", action="store_true", help="print JSON instead of a table")
     report.add_argument("--plot", type=Path, help="PNG of the shares (default: RUN/data.png)")
     report.set_defaults(run_data=_report)

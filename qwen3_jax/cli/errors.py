@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from etils import epath
+
+from qwen3_jax.checkpoint import CHECKPOINTS
 from sharding import end_others
 
 P = ParamSpec("P")
@@ -35,6 +38,16 @@ def exits_cleanly(main: Callable[P, T]) -> Callable[P, T]:
             raise
 
     return wrapped
+
+
+def one_run(text: str) -> epath.Path:
+    """The type of an argument that may be a run's output_dir, and cannot be that of a plan."""
+    path = epath.Path(text)
+    inside = path.iterdir() if path.is_dir() and not (path / CHECKPOINTS).is_dir() else ()
+    stages = sorted(str(stage) for stage in inside if (stage / CHECKPOINTS).is_dir())
+    if stages:
+        raise argparse.ArgumentTypeError(f"{text!r} holds the stages of a plan; one of {', '.join(stages)} fits")
+    return path
 
 
 def on_disk(text: str) -> Path:

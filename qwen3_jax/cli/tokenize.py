@@ -8,7 +8,7 @@ import os
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from qwen3_jax.cli.config_file import load_config
+from qwen3_jax.cli.config_file import load_config, load_stages
 from qwen3_jax.cli.errors import on_disk
 from qwen3_jax.data.counts import Counts
 from qwen3_jax.data.tokenize import DOCUMENTS_PER_SHARD, tokenize_source
@@ -17,7 +17,7 @@ from qwen3_jax.train import TrainConfig
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `tokenize`."""
-    parser.add_argument("config", help="a YAML file of a run, whose data.sources are read")
+    parser.add_argument("config", help="a YAML file of a run or a plan, whose data.sources are read")
     parser.add_argument("out", type=on_disk, help="where each source gets a directory OUT/NAME of ArrayRecord shards")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
     parser.add_argument(
@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> None:
     for name in ("workers", "documents_per_shard"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: {getattr(args, name)}; a number >= 1 fits")
-    data = load_config(TrainConfig, args.config).data
+    runs = load_stages(TrainConfig, args.config) or {"": load_config(TrainConfig, args.config)}
+    sources = {source.name: (source, run.data.tokenizer) for run in runs.values() for source in run.data.sources}
     console = Console(highlight=False)
     columns = (
         TextColumn("{task.description}"),
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    for source in data.sources:
+    for source, tokenizer in sources.values():
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(source.name, total=None, status="reading")
 
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
             made = tokenize_source(
                 source,
-                data.tokenizer,
+                tokenizer,
                 args.out / source.name,
                 workers=args.workers,
                 documents_per_shard=args.documents_per_shard,

@@ -14,8 +14,8 @@ from sharding import start_processes
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains as a YAML file says, in one run or in the stages of a plan; goes on where an earlier run of the same
-    output_dir stopped."""
-    parser = argparse.ArgumentParser(prog="train.py", description=main.__doc__)
+    output_dir stopped. `--section.key value` changes a key of the file, `--stage.section.key value` one of a stage."""
+    parser = argparse.ArgumentParser(usage="train.py CONFIG [--section.key value ...]", description=main.__doc__)
     parser.add_argument("config", help="a YAML file of configs/, read into qwen3_jax.train.TrainConfig")
     args, overrides = parser.parse_known_args(argv)
     stages = load_stages(TrainConfig, args.config, overrides)

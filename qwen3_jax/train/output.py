@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import shutil
 import tempfile
 import threading
@@ -22,6 +23,8 @@ _EVERY = 60.0  # seconds between copies to a bucket
 
 def check_output(output_dir: str) -> None:
     """ValueError unless files can be made in `output_dir`, which is made itself if it is on a disk."""
+    if re.match(r"\w+:/(?!/)", output_dir):
+        raise ValueError(f"output_dir: {output_dir!r}; {output_dir.replace(':/', '://', 1)} fits")
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it would trace what is raised here in one line
     try:
         directory = epath.Path(output_dir)

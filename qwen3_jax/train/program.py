@@ -110,6 +110,12 @@ def batch_sharding(data: DataConfig, mesh: Mesh, accumulation: int) -> NamedShar
     Raises:
       ValueError: the rows of a micro-batch, or their tokens, do not divide over the mesh.
     """
+    context = mesh.shape["context"]
+    if context > 1 and data.sequence_length % (2 * context):
+        raise ValueError(
+            f"data.sequence_length: {data.sequence_length} on mesh.context {context}, two chunks a device; a multiple "
+            f"of {2 * context} fits"
+        )
     # Said here in one line rather than by XLA in fifty.
     spec: Any = partition_spec(("batch", "length"), mesh, (data.batch_size // accumulation, data.sequence_length))
     return NamedSharding(mesh, spec)

@@ -25,9 +25,14 @@ from qwen3_jax.train.heatmap import heat_map
 from qwen3_jax.train.ledger import Ledger
 from qwen3_jax.train.metrics import MetricsLog
 
+_SECONDS_PER_LINE = 30
+
 
 class Report:
-    """Tells of the steps after `start`. Only process 0 writes to `files`; the others should have a quiet console."""
+    """Tells of the steps after `start`, on a terminal by a bar, else in a line now and then.
+
+    Only process 0 writes to `files`; the others should have a quiet console.
+    """
 
     def __init__(
         self, config: TrainConfig, mesh: Mesh, files: Path, start: int, ledger: Ledger, console: Console
@@ -53,6 +58,7 @@ class Report:
         self._progress = Progress(*columns, console=console)
         self._task = self._progress.add_task("", total=config.steps, completed=start, status="compiling")
         self._clock = time.perf_counter()
+        self._told = 0.0
 
     def restart_clock(self) -> None:
         """The next step is timed from here."""
@@ -71,9 +77,13 @@ class Report:
         mfu = rate * self._flops / self._peak
         status = f"loss {numbers['loss']:.4f}  {rate:,.0f} tokens/s  MFU {mfu:.1%}"
         self._progress.update(self._task, completed=step, status=status)
+        last = step == self._config.steps
+        if not self._console.is_terminal and (last or end - self._told >= _SECONDS_PER_LINE):
+            self._told = end
+            self._console.print(f"step {step:,}/{self._config.steps:,}: {status}", highlight=False, soft_wrap=True)
         if numbers["skipped"]:
             self._console.print(f"step {step} skipped: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}")
-        if self._log and (step % self._config.log_every == 0 or step == self._config.steps or extra):
+        if self._log and (step % self._config.log_every == 0 or last or extra):
             taken = step - int(numbers["skipped_total"])  # the schedule counts the steps taken
             numbers |= {"learning_rate": float(self._schedule(max(taken - 1, 0))), "tokens": step * self._tokens}
             spent = {f"time/{name}": round(seconds, 3) for name, seconds in self._ledger.seconds().items()}
@@ -112,6 +122,7 @@ class Report:
             f"compute  {config.compute.dtype}, {self._flops / 1e6:,.1f} MFLOP a token; peak "
             f"{self._peak / 1e12:,.2f} TFLOP/s ({peak_source})",
             highlight=False,
+            soft_wrap=True,
         )
 
 
