@@ -74,7 +74,9 @@ def main() -> None:
         with jax.set_mesh(make_mesh(config.mesh)):
             turns = {"train step": training(config)}
             for workers in (0, 2):
-                turns[f"loader, {workers} workers"] = reading(dataclasses.replace(data, workers=workers))
+                turns[f"loader, {workers} workers" if workers else "loader in a thread"] = reading(
+                    dataclasses.replace(data, workers=workers)
+                )
             rates = {name: [] for name in turns}
             for _ in range(TURNS):
                 for name, turn in turns.items():

@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
@@ -111,6 +112,7 @@ class Checkpointer:
 
         Raises:
           ValueError: it holds other arrays, of a model or an optimiser of another kind.
+          OSError: it cannot be read.
         """
         args = ocp.args.Composite(
             params=ocp.args.StandardRestore(params),
@@ -121,7 +123,9 @@ class Checkpointer:
         try:
             restored = self._manager.restore(step, args=args)
         except (ValueError, KeyError) as error:  # a page, with both trees in it
-            reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(":")
+            reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(":")[:200]
+            if not re.search("do not match|not compatible", reason):
+                raise OSError(f"checkpoint {step}: {str(self.directory)!r}: {reason}") from error
             raise ValueError(
                 f"checkpoint {step}: {str(self.directory)!r} holds other arrays than this run has ({reason}); the "
                 "model, optimizer and release that wrote it, or another output_dir, fit"
@@ -244,9 +248,10 @@ def _barrier(name: str) -> None:
 
 
 def _wait_for_all(*, key: str, timeout_ms: int) -> None:
-    """Orbax's barrier, except after a failure: Orbax then comes to another one than the processes that had none."""
+    """Orbax's barrier, except after a failure in its own thread: it then comes to another one than the processes that
+    had none."""
     failure = sys.exception()
-    if failure is not None:
+    if failure is not None and threading.current_thread() is not threading.main_thread():
         raise failure
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 

@@ -15,6 +15,7 @@ from jax._src import distributed  # the store that the processes share has no pu
 
 _GOOGLE = "0x1ae0"  # PCI vendor of TPUs
 _FAILURE = "qwen3_jax/failure"  # its key in the store
+_FAREWELL = 7 * 24 * 3600  # seconds that a process which is done waits for the others; those of infer.py end apart
 _GRACE = 10.0  # seconds to end by itself: what one process refuses, the others mostly refuse too
 
 
@@ -29,9 +30,13 @@ def start_processes() -> None:
       ValueError: naming the variable that is missing or not a number.
     """
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(num_processes=_number("JAX_NUM_PROCESSES"), process_id=_number("JAX_PROCESS_ID"))
+        jax.distributed.initialize(
+            num_processes=_number("JAX_NUM_PROCESSES"),
+            process_id=_number("JAX_PROCESS_ID"),
+            shutdown_timeout_seconds=_FAREWELL,
+        )
     elif any(path.read_text().strip() == _GOOGLE for path in Path("/sys/bus/pci/devices").glob("*/vendor")):
-        jax.distributed.initialize()
+        jax.distributed.initialize(shutdown_timeout_seconds=_FAREWELL)
     else:
         return
     ending = threading.Event()
@@ -61,7 +66,9 @@ def _watch(state: Any, ending: threading.Event) -> None:
             failure = state.client.key_value_try_get(_FAILURE)
     if not failure.startswith(f"process {state.process_id}:") and not ending.wait(_GRACE):
         print(f"error: {failure}", file=sys.stderr, flush=True)
-        jax.distributed.shutdown()
+        farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        farewell.start()
+        farewell.join(_GRACE)  # who is gone without one is not waited for
         os._exit(2)
 
 

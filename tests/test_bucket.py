@@ -199,3 +199,11 @@ def test_two_processes_in_a_bucket(folder: Path, bucket: Bucket, coordinator_add
     assert "from step 8" in finish(folder, command(folder, *words, "gs://bucket/two", **devices))
     got = [line["loss"] for line in series(bucket.objects["two/metrics.jsonl"][1].decode())]
     np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_a_bucket_that_is_not_there_is_refused_in_one_line(folder: Path, bucket: Bucket) -> None:
+    text = (folder / "run.yaml").read_text().replace("gs://bucket/run", "gs://other/run")
+    (folder / "other.yaml").write_text(text)
+    said = finish(folder, train(folder, "other.yaml"), code=2)
+    assert "error: output_dir: 'gs://other/run': " in said
+    assert "Traceback" not in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from qwen3_jax.cli import tokenize
 from qwen3_jax.cli.config_file import load_stages
 from qwen3_jax.cli.main import main as qwen3_jax
 from qwen3_jax.data import make_loader
@@ -222,6 +224,16 @@ def test_the_sources_of_all_stages_are_tokenised(plan: tuple[Path, str], monkeyp
     names = {source.name for stage in load_stages(TrainConfig, TOY).values() for source in stage.data.sources}
     assert {path.name for path in (plan[0] / "ids").iterdir()} == names
     assert all((plan[0] / "ids" / name / "manifest.json").is_file() for name in names)
+
+
+def test_a_name_for_other_files_than_in_a_stage_before_is_not_tokenised(tmp_path: Path) -> None:
+    text = TOY.read_text().replace("../model", str(ROOT / "configs" / "model")).replace("optimizer.yaml", "o.yaml")
+    (tmp_path / "o.yaml").write_text((PRETRAIN / "optimizer.yaml").read_text())
+    first, s2, rest = text.partition("  s2:")
+    (tmp_path / "plan.yaml").write_text(first + s2 + rest.replace("train.jsonl", "other.jsonl", 1))
+    args = argparse.Namespace(config=tmp_path / "plan.yaml", out=tmp_path / "ids", workers=1, documents_per_shard=9)
+    with pytest.raises(ValueError, match=r"^stages\.s2\.data\.sources\.all: other paths or another tokenizer"):
+        tokenize.run(args)
 
 
 def test_a_plan_that_is_done_changes_nothing(plan: tuple[Path, str]) -> None:

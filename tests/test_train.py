@@ -272,5 +272,5 @@ def test_bad_configuration_is_one_line_and_exit_code_2(
 def test_a_sequence_that_the_context_axis_cannot_cut_is_refused() -> None:
     mesh = make_mesh(MeshConfig(fsdp=1, context=4, tensor=2))
     data = DataConfig((SourceConfig("a", ("a.txt",)),), "tokenizer", sequence_length=36, batch_size=4)
-    with pytest.raises(ValueError, match=r"^data\.sequence_length: 36 on mesh\.context 4, .* a multiple of 8 fits$"):
+    with pytest.raises(ValueError, match=r"^sequence_length: 36 on mesh\.context 4, .* a multiple of 8 fits$"):
         batch_sharding(data, mesh, 1)

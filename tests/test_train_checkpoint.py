@@ -92,6 +92,13 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path) -> None:
     assert find_whole(tmp_path, pytest.fail) is not None
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_another_models(tmp_path: Path) -> None:
+    save(tmp_path, [1])
+    (tmp_path / "1" / "run" / "metadata").write_text("{")
+    with Checkpointer(tmp_path, 3) as checkpointer, pytest.raises(OSError, match=rf"^checkpoint 1: '{tmp_path}': "):
+        checkpointer.restore(1, abstract(weights()), {"moment": abstract(weights())})
+
+
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path: Path) -> None:
     save(tmp_path, [1, 2, 3])
     for step, number in ((3, 0), (2, 1)):

@@ -70,21 +70,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def start(
-    folder: Path, output: str, *overrides: str, max_file: int = resource.RLIM_INFINITY, **env: str
-) -> subprocess.Popen[str]:
-    """train.py as a process of its own, which can write files of up to `max_file` bytes."""
+def start(folder: Path, output: str, *overrides: str, **env: str) -> subprocess.Popen[str]:
+    """train.py as a process of its own."""
     command = [sys.executable, str(ROOT / "train.py"), str(folder / "run.yaml")]
     command += ["--output_dir", str(folder / output), *overrides]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", **env}
     return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (max_file, max_file)),
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
 
 
@@ -333,16 +325,13 @@ def test_key_value_heads_that_are_replicated_are_named(folder: Path) -> None:
     assert "tensor 4 does not divide the 2 key-value heads: each device has all of them" in said
 
 
-def start_many(
-    folder: Path, output: str, address: str, count: int, *overrides: str, victim: int | None = None
-) -> list[subprocess.Popen[str]]:
-    """One run in `count` processes with a device each, which meet at `address`; `victim` can write no file of size."""
+def start_many(folder: Path, output: str, address: str, count: int, *overrides: str) -> list[subprocess.Popen[str]]:
+    """One run in `count` processes with a device each, which meet at `address`."""
     return [
         start(
             folder,
             output,
             *overrides,
-            max_file=20_000 if i == victim else resource.RLIM_INFINITY,
             JAX_COORDINATOR_ADDRESS=address,
             JAX_NUM_PROCESSES=str(count),
             JAX_PROCESS_ID=str(i),
@@ -388,7 +377,8 @@ def test_a_save_that_one_process_cannot_write_ends_all_and_the_one_before_counts
     output = f"cut{victim}"
     for process in start_many(folder, output, coordinator_address, 2, "--steps", "4"):
         finish(process)
-    processes = start_many(folder, output, coordinator_address, 2, victim=victim)
+    processes = start_many(folder, output, coordinator_address, 2)
+    resource.prlimit(processes[victim].pid, resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes of a file
     said = [finish(process, code=2) for process in processes]
     reason = f"checkpoint 6: '{folder / output / 'checkpoints'}': File too large; nothing of it counts"
     assert f"error: {reason}" in said[victim]

@@ -43,7 +43,8 @@ def exits_cleanly(main: Callable[P, T]) -> Callable[P, T]:
 def one_run(text: str) -> epath.Path:
     """The type of an argument that may be a run's output_dir, and cannot be that of a plan."""
     path = epath.Path(text)
-    inside = path.iterdir() if path.is_dir() and not (path / CHECKPOINTS).is_dir() else ()
+    holds_weights = (path / "config.json").exists() or (path / CHECKPOINTS).exists()
+    inside = path.iterdir() if path.is_dir() and not holds_weights else ()
     stages = sorted(str(stage) for stage in inside if (stage / CHECKPOINTS).is_dir())
     if stages:
         raise argparse.ArgumentTypeError(f"{text!r} holds the stages of a plan; one of {', '.join(stages)} fits")

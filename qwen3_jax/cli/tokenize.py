@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from qwen3_jax.cli.config_file import load_config, load_stages
 from qwen3_jax.cli.errors import on_disk
+from qwen3_jax.data import SourceConfig
 from qwen3_jax.data.counts import Counts
 from qwen3_jax.data.tokenize import DOCUMENTS_PER_SHARD, tokenize_source
 from qwen3_jax.train import TrainConfig
@@ -31,7 +32,15 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: {getattr(args, name)}; a number >= 1 fits")
     runs = load_stages(TrainConfig, args.config) or {"": load_config(TrainConfig, args.config)}
-    sources = {source.name: (source, run.data.tokenizer) for run in runs.values() for source in run.data.sources}
+    sources: dict[str, tuple[SourceConfig, str]] = {}
+    for stage, config in runs.items():
+        for source in config.data.sources:
+            first, tokenizer = sources.setdefault(source.name, (source, config.data.tokenizer))
+            if (first.paths, tokenizer) != (source.paths, config.data.tokenizer):
+                raise ValueError(
+                    f"stages.{stage}.data.sources.{source.name}: other paths or another tokenizer than a stage before; "
+                    "one name for the same files fits"
+                )
     console = Console(highlight=False)
     columns = (
         TextColumn("{task.description}"),

@@ -19,7 +19,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from qwen3_jax.train.output import METRICS
+from qwen3_jax.train.output import METRICS, reason_of
 
 _GROUPS = 8
 _FLUSH_EVERY = 30.0  # seconds between the moments when TensorBoard can see what is new
@@ -30,27 +30,30 @@ class MetricsLog:
 
     A run that goes on from step `start` forgets what a previous one logged beyond it, so that the series is that of
     a run that was never cut.
+
+    Raises:
+      OSError: naming the directory.
     """
 
     def __init__(self, directory: Path, start: int) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / METRICS
-        kept = []
-        if self._path.exists():
-            text = self._path.read_text(encoding="utf-8")
-            lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= start]
-        # Replaced, not rewritten: a crash right here must not lose the series.
-        fresh = self._path.with_suffix(".tmp")
-        fresh.write_text("".join(kept), encoding="utf-8")
-        fresh.replace(self._path)
-        self._file = self._path.open("a", encoding="utf-8")
         events = directory / "tensorboard"
-        events.mkdir(exist_ok=True)
-        # Written by this thread: SummaryWriter's own dies of a full disk, and then its queue is waited for.
-        self._events = EventsWriter(str(events / "events"))
-        self._flushed = 0.0
-        self._put(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+        with self._named():
+            events.mkdir(parents=True, exist_ok=True)
+            kept = []
+            if self._path.exists():
+                text = self._path.read_text(encoding="utf-8")
+                lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+                kept = [line for line in lines if json.loads(line)["step"] <= start]
+            # Replaced, not rewritten: a crash right here must not lose the series.
+            fresh = self._path.with_suffix(".tmp")
+            fresh.write_text("".join(kept), encoding="utf-8")
+            fresh.replace(self._path)
+            self._file = self._path.open("a", encoding="utf-8")
+            # Written by this thread: SummaryWriter's own dies of a full disk, and then its queue is waited for.
+            self._events = EventsWriter(str(events / "events"))
+            self._flushed = 0.0
+            self._put(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Logs floats, and lists of floats (one value a routed layer); what is not finite becomes null.
@@ -87,8 +90,10 @@ class MetricsLog:
           OSError: naming the directory.
         """
         with self._named():
-            self._file.close()
-            self._events.close()
+            try:
+                self._file.close()
+            finally:
+                self._events.close()
 
     def _put(self, event: Event) -> None:
         event.wall_time = time.time()
@@ -102,7 +107,7 @@ class MetricsLog:
         try:
             yield
         except OSError as error:
-            raise OSError(f"metrics: {str(self._path.parent)!r}: {error.strerror}") from None
+            raise OSError(f"metrics: {str(self._path.parent)!r}: {reason_of(error)}") from None
 
 
 def _by_group(name: str, values: list[float | None]) -> dict[str, float | None]:

@@ -35,11 +35,11 @@ def check_output(output_dir: str) -> None:
         probe.unlink()
     except Exception as error:  # each kind of storage has its own
         raise ValueError(
-            f"output_dir: {output_dir!r}: {_reason(error)}; a directory that can be written fits"
+            f"output_dir: {output_dir!r}: {reason_of(error)}; a directory that can be written fits"
         ) from None
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """In one line."""
     return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
 
@@ -98,7 +98,7 @@ class Output:
                 try:
                     target.write_bytes(file.read_bytes())
                 except Exception as error:  # each kind of storage has its own
-                    raise OSError(f"{str(target)!r}: {_reason(error)}") from error
+                    raise OSError(f"{str(target)!r}: {reason_of(error)}") from error
                 self._copied[file] = state
 
     def __enter__(self) -> Output:

@@ -113,7 +113,7 @@ def batch_sharding(data: DataConfig, mesh: Mesh, accumulation: int) -> NamedShar
     context = mesh.shape["context"]
     if context > 1 and data.sequence_length % (2 * context):
         raise ValueError(
-            f"data.sequence_length: {data.sequence_length} on mesh.context {context}, two chunks a device; a multiple "
+            f"sequence_length: {data.sequence_length} on mesh.context {context}, two chunks a device; a multiple "
             f"of {2 * context} fits"
         )
     # Said here in one line rather than by XLA in fifty.

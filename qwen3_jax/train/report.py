@@ -102,7 +102,11 @@ class Report:
     ) -> None:
         self._progress.stop()
         if self._log:
-            self._log.close()
+            try:
+                self._log.close()
+            except OSError:
+                if error is None:
+                    raise
 
     def _announce(self, mesh: Mesh, start: int, peak_source: str) -> None:
         """What the configuration comes to."""
