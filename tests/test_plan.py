@@ -120,12 +120,12 @@ SMALL = """--model.hidden_size 32 --model.num_hidden_layers 1 --compute.group_si
     --s1.steps 8 --s2.steps 60 --s3.steps 5 --checkpoint_every 6 --log_every 1""".split()
 
 
-def start_plan(directory: Path, name: str) -> subprocess.Popen[str]:
+def start_plan(directory: Path, name: str, *overrides: str) -> subprocess.Popen[str]:
     """train.py in `directory`, where the data are; its output goes to runs/`name`."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     # What one run has compiled, the next need not.
     env |= {"JAX_COMPILATION_CACHE_DIR": str(directory / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    command = [sys.executable, str(ROOT / "train.py"), str(TOY), *SMALL, "--output_dir", f"runs/{name}"]
+    command = [sys.executable, str(ROOT / "train.py"), str(TOY), *SMALL, "--output_dir", f"runs/{name}", *overrides]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=env, cwd=directory, **pipes)
 
@@ -208,6 +208,19 @@ def test_a_plan_that_was_killed_in_a_stage_goes_on_there_to_the_same_numbers(pla
     assert "from step 0" not in " ".join(out.split()).split("stage s3")[0]
     for stage in ("s1", "s2", "s3"):
         assert metrics_of(cut / stage) == metrics_of(whole / stage)
+
+
+def test_a_signal_in_the_last_step_of_a_stage_stops_the_plan(plan: tuple[Path, str]) -> None:
+    """It comes while the stage's only step is compiled."""
+    process = start_plan(plan[0], "short", "--s1.steps", "1", "--s1.optimizer.warmup_steps", "0")
+    assert process.stdout is not None
+    while "compute" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    out = finish(process)
+    assert "stopped by SIGTERM at step 1; checkpoint saved" in out
+    assert "stage    s2" not in out
+    assert not (plan[0] / "runs" / "short" / "s2").exists()
 
 
 @pytest.mark.parametrize("command", [["convert", "{run}", "{run}/exported"], ["data", "report", "{run}"]])

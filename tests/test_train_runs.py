@@ -188,6 +188,22 @@ def test_sigterm_saves_within_a_step_and_the_run_goes_on_as_if_nothing_had_been(
     assert lines_of(folder / "resumed") == whole
 
 
+def test_sigterm_while_the_last_checkpoint_is_written_leaves_it_whole(folder: Path) -> None:
+    process = start(folder, "last", "--steps", "3")
+    while process.poll() is None and not (folder / "last" / "checkpoints" / "3.orbax-checkpoint-tmp").exists():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by SIGTERM at step 3; checkpoint saved" in finish(process)
+    assert (folder / "last" / "checkpoints" / "3").is_dir()
+
+
+def test_steps_to_be_traced_may_be_cut_by_a_restart(folder: Path) -> None:
+    """Either part leaves its trace."""
+    for number, steps in enumerate(("3", "8"), start=1):
+        finish(start(folder, "traced", "--steps", steps, "--profile", "[2, 5]"))
+        assert len(list((folder / "traced" / "profile").rglob("*.xplane.pb"))) == number
+
+
 def test_a_second_ctrl_c_ends_the_run_at_once(folder: Path) -> None:
     """While it compiles, when Python's own signal handlers would have to wait."""
     process = start(folder, "ended", JAX_ENABLE_COMPILATION_CACHE="false")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+import jax
+from rich.console import Console
+
 from qwen3_jax.cli.config_file import load_config, load_stages
 from qwen3_jax.cli.errors import exits_cleanly
-from qwen3_jax.train import TrainConfig, link_stages, run_plan, train
+from qwen3_jax.train import StopSignal, TrainConfig, link_stages, run_plan, train
 from sharding import start_processes
 
 
@@ -21,7 +24,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     stages = load_stages(TrainConfig, args.config, overrides)
     config = None if stages else load_config(TrainConfig, args.config, overrides)
     start_processes()
-    if config is None:
-        run_plan(link_stages(stages))
-    else:
-        train(config)
+    console = Console(quiet=jax.process_index() > 0)
+    with StopSignal(lambda text: console.print(text, soft_wrap=True)) as stop:
+        if config is None:
+            run_plan(link_stages(stages), stop, console)
+        else:
+            train(config, stop, console)

@@ -21,38 +21,43 @@ from qwen3_jax.train.program import Program, batch_sharding
 from qwen3_jax.train.record import changes, run_record
 from qwen3_jax.train.report import Report
 from qwen3_jax.train.start import Start, start_state
-from qwen3_jax.train.step import Batch, Metrics, TrainState
+from qwen3_jax.train.step import Batch, Metrics
 from qwen3_jax.train.stop import StopSignal
 from sharding import make_mesh
 
 
-def train(config: TrainConfig, console: Console | None = None) -> TrainState:
+def train(config: TrainConfig, stop: StopSignal, console: Console) -> str | None:
     """Trains to `config.steps`, or to the step in which SIGTERM or Ctrl-C comes, and leaves a checkpoint of it.
 
     All processes of a run call it alike; see `sharding.start_processes`.
+
+    Args:
+      stop: entered. console: quiet in all processes but the first.
+
+    Returns:
+      The name of the signal that came, if one did.
 
     Raises:
       ValueError: for a configuration that does not fit the devices, the data or the disk.
       OSError: naming the checkpoint that could not be written.
       FloatingPointError: naming the step at which `max_bad_steps` in a row were not finite; there is a checkpoint.
     """
-    if console is None:
-        console = Console(quiet=jax.process_index() > 0)
     mesh = make_mesh(config.mesh)
     with (
         Output(config.output_dir) as output,
         jax.set_mesh(mesh),
         Checkpointer(output.checkpoints, config.keep, config.keep_every) as checkpointer,
-        StopSignal(lambda text: console.print(text, soft_wrap=True)) as stop,
     ):
         run = _Run(config, mesh, output, checkpointer, stop, console)
         reason = run.steps()
+    if reason is None and jax.process_count() == 1:
+        reason = stop.asked()  # while the last checkpoint was written; of several processes none knows it of another
     if reason is None:
         console.print(f"trained to step {run.step}; checkpoint in {output.checkpoints / str(run.step)}", soft_wrap=True)
     else:
         console.print(f"stopped by {reason} at step {run.step}; checkpoint saved", soft_wrap=True)
     console.print(f"time     {run.ledger.summary()}", highlight=False, soft_wrap=True)
-    return run.state.train
+    return reason
 
 
 class _Run:
@@ -86,6 +91,7 @@ class _Run:
         self.compiled: jax.stages.Compiled | None = None
         self.pending: tuple[int, Metrics, Batch] | None = None
         self.failure: str | None = None
+        self.tracing = False
 
     def steps(self) -> str | None:
         """Runs to the last step; returns the name of the signal that stopped it before, if one did."""
@@ -93,10 +99,12 @@ class _Run:
         with self.report:
             while self.step < config.steps and reason is None and self.failure is None:
                 self._advance()
-                reason = self.stop.after(self.step)
+                reason = self.stop.asked()
                 ends = self.step == config.steps or reason is not None or self.failure is not None
                 if self.held_out is not None and (self.step % config.eval_every == 0 or self.step == config.steps):
                     self._evaluate()
+                if ends:
+                    self._end_trace()  # where the run ends amid the steps to be traced
                 if ends or self.step % config.checkpoint_every == 0:
                     self._save()
         if self.failure is not None:
@@ -106,8 +114,11 @@ class _Run:
     def _advance(self) -> None:
         """One step further: hands the devices the next step, then tells of the one before."""
         profile = self.config.profile
-        if profile is not None and self.step + 1 == profile[0]:
-            jax.profiler.start_trace(str(self.output.files / "profile"))
+        if profile is not None and not self.tracing and profile[0] <= self.step + 1 <= profile[1]:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # it hooks into every thread, and Orbax starts and ends some meanwhile
+            jax.profiler.start_trace(str(self.output.files / "profile"), profiler_options=options)
+            self.tracing = True
         began = time.perf_counter()
         batch = next(self.feed)
         loss: Any = self.pending[1]["loss"] if self.pending is not None else None
@@ -124,7 +135,12 @@ class _Run:
             self.pending = (self.step, metrics, batch)
             if profile is not None and self.step == profile[1]:
                 self._report_pending()
-                jax.profiler.stop_trace()
+                self._end_trace()
+
+    def _end_trace(self) -> None:
+        if self.tracing:
+            jax.profiler.stop_trace()
+        self.tracing = False
 
     def _report_pending(self, **extra: float) -> None:
         """Tells of the step that is still to be told of, and gives up if it was one bad step too many."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from rich.console import Console
@@ -21,6 +20,7 @@ from qwen3_jax.train.config import TrainConfig
 from qwen3_jax.train.loop import train
 from qwen3_jax.train.output import check_output
 from qwen3_jax.train.start import FREE
+from qwen3_jax.train.stop import StopSignal
 
 
 def link_stages(stages: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
@@ -50,16 +50,14 @@ def link_stages(stages: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
     return linked
 
 
-def run_plan(stages: Mapping[str, TrainConfig], console: Console | None = None) -> None:
+def run_plan(stages: Mapping[str, TrainConfig], stop: StopSignal, console: Console) -> None:
     """Trains the stages in their order, each to its last step; goes on where an earlier call was cut.
 
     Args:
-      stages: as `link_stages` makes them.
+      stages: as `link_stages` makes them. stop, console: as `train` takes them.
 
     Raises: what `train` does.
     """
-    if console is None:
-        console = Console(quiet=jax.process_index() > 0)
     names = list(stages)
     check_output(stages[names[0]].output_dir)
     # A stage begins when the one before has ended: the last one with a checkpoint is where an earlier call was.
@@ -67,9 +65,8 @@ def run_plan(stages: Mapping[str, TrainConfig], console: Console | None = None) 
     for number in range(max(begun, default=0), len(names)):
         config = stages[names[number]]
         console.print(f"stage    {names[number]}, {number + 1} of {len(names)}: {', '.join(names)}", highlight=False)
-        train(config, console)
-        if (_last_step(config) or 0) < config.steps:
-            return  # asked to stop
+        if train(config, stop, console) is not None:
+            return
 
 
 def _last_step(config: TrainConfig) -> int | None:

@@ -25,12 +25,14 @@ class StopSignal:
         self._announce = announce
         self._name: str | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._times_asked = 0
 
-    def after(self, step: int) -> str | None:
-        """The signal to stop by when `step` is done, None to go on. Every process asks after every step."""
+    def asked(self) -> str | None:
+        """The signal to stop by, None to go on. Every process asks after every step, and equally often."""
         if jax.process_count() == 1:
             return self._name
-        return (self._name or "SIGTERM") if multihost_utils.reached_preemption_sync_point(step) else None
+        self._times_asked += 1  # what jax calls the step; that of a run begins anew in each stage of a plan
+        return (self._name or "SIGTERM") if multihost_utils.reached_preemption_sync_point(self._times_asked) else None
 
     def __enter__(self) -> StopSignal:
         # Python's own handlers run when the main thread comes back from XLA, which may be never. The byte that tells
