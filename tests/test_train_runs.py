@@ -266,6 +266,14 @@ def test_bad_steps_in_a_row_end_the_run_with_the_data_and_a_checkpoint(folder: P
     assert {"qwen3-jax", "jax", "flax", "orbax"} <= record["code"].keys()
 
 
+def test_bad_steps_that_an_evaluation_tells_of_leave_a_checkpoint_too(folder: Path) -> None:
+    held_out = json.dumps(yaml.safe_load((folder / "run.yaml").read_text())["data"])
+    overrides = ["--optimizer.learning_rate", "1e38", "--max_bad_steps", "3", "--spike_factor", "null"]
+    overrides += ["--eval_data", held_out, "--eval_every", "5", "--checkpoint_every", "1000"]
+    assert "checkpoint 5 saved" in finish(start(folder, "told", *overrides), code=2)
+    assert (folder / "told" / "checkpoints" / "5").is_dir()
+
+
 def test_a_disk_too_small_for_a_checkpoint_is_refused_before_training(folder: Path) -> None:
     disk = folder / "disk"
     disk.mkdir()

@@ -100,12 +100,14 @@ class _Run:
             while self.step < config.steps and reason is None and self.failure is None:
                 self._advance()
                 reason = self.stop.asked()
-                ends = self.step == config.steps or reason is not None or self.failure is not None
+                last = self.step == config.steps or reason is not None
                 if self.held_out is not None and (self.step % config.eval_every == 0 or self.step == config.steps):
                     self._evaluate()
-                if ends:
-                    self._end_trace()  # where the run ends amid the steps to be traced
-                if ends or self.step % config.checkpoint_every == 0:
+                traced = config.profile is not None and self.step == config.profile[1]
+                if self.tracing and (traced or last or self.failure):
+                    self._end_trace()
+                # Not sooner: whatever tells of a step, as the two above do, may find a failure.
+                if last or self.failure or self.step % config.checkpoint_every == 0:
                     self._save()
         if self.failure is not None:
             raise FloatingPointError(f"{self.failure}; checkpoint {self.step} saved")
@@ -133,13 +135,12 @@ class _Run:
             self._report_pending()
             self.step += 1
             self.pending = (self.step, metrics, batch)
-            if profile is not None and self.step == profile[1]:
-                self._report_pending()
-                self._end_trace()
 
     def _end_trace(self) -> None:
-        if self.tracing:
-            jax.profiler.stop_trace()
+        """Ends the profiler's trace with the last step, even where a run ends amid the steps to be traced."""
+        with self.ledger.phase("step"):
+            self._report_pending()
+        jax.profiler.stop_trace()
         self.tracing = False
 
     def _report_pending(self, **extra: float) -> None:
