@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 from decode import spread
+from jax.sharding import Mesh
 
 from qwen3_jax.cli.config_file import load_config
 from qwen3_jax.data import DataConfig, make_loader
@@ -45,9 +46,9 @@ def reading(data: DataConfig) -> Callable[[], float]:
     return turn
 
 
-def training(config: TrainConfig) -> Callable[[], float]:
+def training(config: TrainConfig, mesh: Mesh) -> Callable[[], float]:
     """Tokens per second of the next steps, all of them on one batch."""
-    program = Program(config, make_mesh(config.mesh))
+    program = Program(config, mesh)
     batch = jax.device_put(next(make_loader(config.data)))
     params = program.init(jax.random.key(0))
     state = GuardedState(TrainState(params, program.init_optimizer(params)), jax.device_put(Guard.create()))
@@ -70,9 +71,9 @@ def main() -> None:
         write_dataset(Path(folder), 20_000, seed=0, vocab_size=config.model.vocab_size)
         sources = (dataclasses.replace(config.data.sources[0], paths=(f"{folder}/train.jsonl",)),)
         data = dataclasses.replace(config.data, sources=sources, tokenizer=folder)
-        config = dataclasses.replace(config, data=data, mesh=MeshConfig())
-        with jax.set_mesh(make_mesh(config.mesh)):
-            turns = {"train step": training(config)}
+        mesh = make_mesh(MeshConfig())
+        with jax.set_mesh(mesh):
+            turns = {"train step": training(dataclasses.replace(config, data=data), mesh)}
             for workers in (0, 2):
                 turns[f"loader, {workers} workers" if workers else "loader in a thread"] = reading(
                     dataclasses.replace(data, workers=workers)

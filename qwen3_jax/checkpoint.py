@@ -123,7 +123,7 @@ class Checkpointer:
         try:
             restored = self._manager.restore(step, args=args)
         except (ValueError, KeyError) as error:  # a page, with both trees in it
-            reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(":")[:200]
+            reason = reason_of(error)
             if not re.search("do not match|not compatible", reason):
                 raise OSError(f"checkpoint {step}: {str(self.directory)!r}: {reason}") from error
             raise ValueError(
@@ -152,9 +152,7 @@ class Checkpointer:
             raise self._refusal(error) from error
 
     def _refusal(self, error: Exception) -> OSError:
-        number = re.search(r"(?:os_error_code='|Errno )(\d+)", str(error))  # by tensorstore, or by the system
-        reason = os.strerror(int(number[1])) if number else str(error).splitlines()[0][:200]
-        return OSError(f"checkpoint {self._saving}: {str(self.directory)!r}: {reason}; nothing of it counts")
+        return OSError(f"checkpoint {self._saving}: {str(self.directory)!r}: {reason_of(error)}; nothing of it counts")
 
     def _write_digests(self) -> None:
         """Called when all processes have written all files, before the checkpoint gets its name."""
@@ -204,6 +202,14 @@ def absolute(directory: str | Path | epath.Path) -> epath.Path:
     """As Orbax wants paths; those in a bucket are so already."""
     path = epath.Path(directory)
     return path if "://" in str(path) else path.absolute()
+
+
+def reason_of(error: Exception) -> str:
+    """Why something could not be read or written, in one line: each kind of storage has its own exceptions."""
+    number = re.search(r"(?:os_error_code='|Errno )(\d+)", str(error))  # as tensorstore says it, and the system
+    if number:
+        return os.strerror(int(number[1]))
+    return str(error).partition("\n")[0].partition(". ")[0].rstrip(":")[:200] or type(error).__name__
 
 
 def _damage(path: epath.Path) -> str | None:

@@ -57,14 +57,14 @@ def end_others(failure: str) -> None:
 
 
 def _watch(state: Any, ending: threading.Event) -> None:
-    """Looks for the failure of another process, and ends this one wherever it stands."""
+    """Looks for the failure of a process, and ends this one wherever it stands."""
     failure = None
     while failure is None:
         if ending.wait(1.0):
             return
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is none
             failure = state.client.key_value_try_get(_FAILURE)
-    if not failure.startswith(f"process {state.process_id}:") and not ending.wait(_GRACE):
+    if not ending.wait(_GRACE):
         print(f"error: {failure}", file=sys.stderr, flush=True)
         farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         farewell.start()

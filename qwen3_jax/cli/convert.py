@@ -16,7 +16,7 @@ from rich.progress import track
 
 from qwen3_jax import hf
 from qwen3_jax.checkpoint import CHECKPOINTS, PARAMS, absolute, find_whole
-from qwen3_jax.cli.errors import on_disk, one_run
+from qwen3_jax.cli.arguments import on_disk, one_run
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.tokenizer import TOKENIZER_FILES
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from qwen3_jax.cli.errors import one_run
+from qwen3_jax.cli.arguments import one_run
 from qwen3_jax.data.catalogue import Consumption, consumption
 from qwen3_jax.data.duplicates import NGRAM, THRESHOLD, Checker, Finding, write_without
 from qwen3_jax.data.source import DocumentSource

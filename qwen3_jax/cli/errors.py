@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from etils import epath
-
-from qwen3_jax.checkpoint import CHECKPOINTS
 from sharding import end_others
 
 P = ParamSpec("P")
@@ -38,21 +33,3 @@ def exits_cleanly(main: Callable[P, T]) -> Callable[P, T]:
             raise
 
     return wrapped
-
-
-def one_run(text: str) -> epath.Path:
-    """The type of an argument that may be a run's output_dir, and cannot be that of a plan."""
-    path = epath.Path(text)
-    holds_weights = (path / "config.json").exists() or (path / CHECKPOINTS).exists()
-    inside = path.iterdir() if path.is_dir() and not holds_weights else ()
-    stages = sorted(str(stage) for stage in inside if (stage / CHECKPOINTS).is_dir())
-    if stages:
-        raise argparse.ArgumentTypeError(f"{text!r} holds the stages of a plan; one of {', '.join(stages)} fits")
-    return path
-
-
-def on_disk(text: str) -> Path:
-    """The type of an argument that is a path, and cannot be one in a bucket."""
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text!r}; a path on a disk fits")
-    return Path(text)

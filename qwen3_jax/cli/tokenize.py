@@ -8,8 +8,8 @@ import os
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from qwen3_jax.cli.arguments import on_disk
 from qwen3_jax.cli.config_file import load_config, load_stages
-from qwen3_jax.cli.errors import on_disk
 from qwen3_jax.data import SourceConfig
 from qwen3_jax.data.counts import Counts
 from qwen3_jax.data.tokenize import DOCUMENTS_PER_SHARD, tokenize_source

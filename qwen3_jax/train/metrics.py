@@ -19,7 +19,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from qwen3_jax.train.output import METRICS, reason_of
+from qwen3_jax.checkpoint import reason_of
+from qwen3_jax.train.output import METRICS
 
 _GROUPS = 8
 _FLUSH_EVERY = 30.0  # seconds between the moments when TensorBoard can see what is new

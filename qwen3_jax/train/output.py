@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from qwen3_jax.checkpoint import CHECKPOINTS
+from qwen3_jax.checkpoint import CHECKPOINTS, reason_of
 
 METRICS = "metrics.jsonl"
 _EVERY = 60.0  # seconds between copies to a bucket
@@ -37,11 +37,6 @@ def check_output(output_dir: str) -> None:
         raise ValueError(
             f"output_dir: {output_dir!r}: {reason_of(error)}; a directory that can be written fits"
         ) from None
-
-
-def reason_of(error: Exception) -> str:
-    """In one line."""
-    return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
 
 
 class Output:

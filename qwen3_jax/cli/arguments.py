@@ -1,0 +1,28 @@
+"""Types of arguments, for argparse."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from etils import epath
+
+from qwen3_jax.checkpoint import CHECKPOINTS
+
+
+def one_run(text: str) -> epath.Path:
+    """May be a run's output_dir, and cannot be that of a plan."""
+    path = epath.Path(text)
+    holds_weights = (path / "config.json").exists() or (path / CHECKPOINTS).exists()
+    inside = path.iterdir() if path.is_dir() and not holds_weights else ()
+    stages = sorted(str(stage) for stage in inside if (stage / CHECKPOINTS).is_dir())
+    if stages:
+        raise argparse.ArgumentTypeError(f"{text!r} holds the stages of a plan; one of {', '.join(stages)} fits")
+    return path
+
+
+def on_disk(text: str) -> Path:
+    """Is a path, and cannot be one in a bucket."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r}; a path on a disk fits")
+    return Path(text)
