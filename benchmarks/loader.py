@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from qwen3_jax.cli.config_file import load_config
 from qwen3_jax.data import DataConfig, make_loader
-from qwen3_jax.data.arithmetic import write_dataset
+from qwen3_jax.tasks.arithmetic import write_dataset
 from qwen3_jax.train import TrainConfig
 from qwen3_jax.train.guard import Guard, GuardedState
 from qwen3_jax.train.program import Program

@@ -25,9 +25,9 @@ from flax import linen as nn
 import qwen3_jax
 from qwen3_jax import hf
 from qwen3_jax.data import DataConfig, SourceConfig, make_loader
-from qwen3_jax.data.arithmetic import write_dataset
 from qwen3_jax.model import Qwen3
 from qwen3_jax.ops.moe import expert_capacity, route
+from qwen3_jax.tasks.arithmetic import write_dataset
 from qwen3_jax.train.step import TrainState, make_train_step
 from train import LENGTH, ROWS, SHAPES
 

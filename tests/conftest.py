@@ -16,8 +16,8 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
-# For `import reference` and `import gcs_server`.
-sys.path[:0] = [str(Path(__file__).parent / "parity"), str(Path(__file__).parent)]
+# What several test files import: the PyTorch reference, the rules in plain Python, a server that stands for gs://.
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 Check = Callable[[str, float, float], None]
 

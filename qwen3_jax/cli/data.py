@@ -14,8 +14,8 @@ from rich.table import Table
 from qwen3_jax.cli.arguments import one_run
 from qwen3_jax.data.catalogue import Consumption, consumption
 from qwen3_jax.data.duplicates import NGRAM, THRESHOLD, Checker, Finding, write_without
+from qwen3_jax.data.report import plot_consumption
 from qwen3_jax.data.source import DocumentSource
-from qwen3_jax.evaluate.data_report import plot_consumption
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

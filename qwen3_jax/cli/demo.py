@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from qwen3_jax.cli.progress import decoding_progress
-from qwen3_jax.data.arithmetic import held_out_chains
 from qwen3_jax.evaluate.budget_curve import Point, budget_curve, plot_budget_curve, plot_cost
 from qwen3_jax.serve import Engine, shipped_model
+from qwen3_jax.tasks.arithmetic import held_out_chains
 
 # B = 1 buys the newline after <think> and no thought yet.
 BUDGETS = (0, 2, 3, 4, 5, 6, 7, 8, 9, 11)

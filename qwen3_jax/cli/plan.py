@@ -15,9 +15,9 @@ from rich.console import Console
 from qwen3_jax.aot.programs import DecodeConfig, topology_shape, use_compiler
 from qwen3_jax.aot.report import Report, page
 from qwen3_jax.aot.sweep import Job, run_jobs
+from qwen3_jax.aot.sweep_plot import plot_sweep
 from qwen3_jax.cli.config_file import decode_config, load_config, load_model, load_stages
 from qwen3_jax.cli.progress import planning_progress
-from qwen3_jax.evaluate.sweep_plot import plot_sweep
 from qwen3_jax.train import TrainConfig
 from sharding import MeshConfig
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from qwen3_jax.config import ModelConfig
-from qwen3_jax.data.arithmetic import write_dataset
+from qwen3_jax.tasks.arithmetic import write_dataset
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_jax import chat
 from qwen3_jax.data.config import Labels
 from qwen3_jax.data.source import Document
-from qwen3_jax.tokenizer import Tokenizer
+from qwen3_jax.text import chat
+from qwen3_jax.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 

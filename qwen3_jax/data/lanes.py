@@ -23,7 +23,7 @@ from qwen3_jax.data.counts import Counts, Tally
 from qwen3_jax.data.examples import Example
 from qwen3_jax.data.mixture import Drawn, Stream, uniform
 from qwen3_jax.data.packing import OpenRow, OpenRows, to_arrays
-from qwen3_jax.tokenizer import fingerprint
+from qwen3_jax.text.tokenizer import fingerprint
 
 _GOLDEN = 0.6180339887498949  # multiples of it modulo 1 lie evenly spread
 _MAX_MISFITS = 1_000_000

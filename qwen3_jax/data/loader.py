@@ -17,7 +17,7 @@ from qwen3_jax.data.lanes import order_of, refuse_other_order
 from qwen3_jax.data.mixture import Stream, open_streams
 from qwen3_jax.data.packing import add_targets
 from qwen3_jax.data.workers import LaneGroup, LocalLanes, WorkerLanes
-from qwen3_jax.tokenizer import load_tokenizer
+from qwen3_jax.text.tokenizer import load_tokenizer
 
 _AHEAD = 2  # batches made ready while the accelerator works
 

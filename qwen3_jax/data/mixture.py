@@ -9,7 +9,7 @@ import math
 from qwen3_jax.data.config import DataConfig, Labels, SourceConfig
 from qwen3_jax.data.examples import Cutter, Encoder, Example
 from qwen3_jax.data.source import DocumentSource
-from qwen3_jax.tokenizer import fingerprint, load_tokenizer
+from qwen3_jax.text.tokenizer import fingerprint, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

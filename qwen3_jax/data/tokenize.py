@@ -26,7 +26,7 @@ from qwen3_jax.data.examples import Encoded, Encoder
 from qwen3_jax.data.manifest import Manifest
 from qwen3_jax.data.source import DocumentSource
 from qwen3_jax.data.workers import end_with_parent
-from qwen3_jax.tokenizer import fingerprint, load_tokenizer
+from qwen3_jax.text.tokenizer import fingerprint, load_tokenizer
 
 DOCUMENTS_PER_SHARD = 10_000
 

@@ -19,7 +19,7 @@ import numpy as np
 from qwen3_jax.data.config import DataConfig
 from qwen3_jax.data.lanes import Lane
 from qwen3_jax.data.mixture import Stream, open_streams
-from qwen3_jax.tokenizer import load_tokenizer
+from qwen3_jax.text.tokenizer import load_tokenizer
 
 Rows = list[dict[str, np.ndarray]]
 State = Mapping[str, Any]  # of lanes, by their number

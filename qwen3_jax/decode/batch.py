@@ -18,9 +18,9 @@ from qwen3_jax.decode.layout import lay_out, place_weights, state_axes
 from qwen3_jax.decode.loop import DecodeState, Rows, decode, prefill
 from qwen3_jax.decode.network import network
 from qwen3_jax.decode.pack import Packed, check_request, pack, pack_markers, results, round_up
-from qwen3_jax.decode.request import Request, Result
 from qwen3_jax.model import Qwen3
 from qwen3_jax.ops import cpu
+from qwen3_jax.request import Request, Result
 from sharding import DECODE_RULES, axis_rules
 
 _STEPS_PER_REPORT = 16

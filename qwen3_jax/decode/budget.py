@@ -39,8 +39,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from qwen3_jax import chat
-from qwen3_jax.tokenizer import Tokenizer, unfinished_bytes
+from qwen3_jax.text import chat
+from qwen3_jax.text.tokenizer import Tokenizer, unfinished_bytes
 
 START, THINK, STOP, ANSWER, DONE = range(5)
 UNLIMITED = jnp.iinfo(jnp.int32).max

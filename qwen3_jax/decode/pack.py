@@ -16,8 +16,8 @@ from qwen3_jax.config import ModelConfig
 from qwen3_jax.decode import budget as bud
 from qwen3_jax.decode.budget import BudgetState, Limits, Markers, ThinkingTokens
 from qwen3_jax.decode.loop import DecodeState, Rows
-from qwen3_jax.decode.request import Request, Result
 from qwen3_jax.decode.sampling import Sampling
+from qwen3_jax.request import Request, Result
 
 # Shapes are rounded up to this, so that prompts and lengths of about the same size share a compiled program.
 BUCKET = 32

@@ -32,9 +32,9 @@ from qwen3_jax.decode.budget import BudgetState, ThinkingTokens
 from qwen3_jax.decode.layout import lay_out, place_weights, row_axes, state_axes
 from qwen3_jax.decode.loop import DecodeState, Rows
 from qwen3_jax.decode.pack import BUCKET, Written, check_request, pack, pack_markers, round_up
-from qwen3_jax.decode.request import Request, Result
 from qwen3_jax.model import Qwen3
 from qwen3_jax.ops import cpu
+from qwen3_jax.request import Request, Result
 from sharding import DECODE_RULES, axis_rules, num_parts
 
 Watch = Callable[[Hashable, Callable[[], Result]], bool]

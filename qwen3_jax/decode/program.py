@@ -19,8 +19,8 @@ from qwen3_jax.decode.layout import row_axes, shapes, state_axes, weight_shapes
 from qwen3_jax.decode.loop import DecodeState, Rows
 from qwen3_jax.decode.pack import Packed, pack, pack_markers
 from qwen3_jax.decode.pool import empty_state, run_prefill, template
-from qwen3_jax.decode.request import Request
 from qwen3_jax.model import Qwen3
+from qwen3_jax.request import Request
 
 # No value matters to a shape, and all texts are as long as these once they are padded.
 _TOKENS = ThinkingTokens(think=0, end_think=1, eos=(2,), stop_ids=(1,), empty_block=(0, 1))

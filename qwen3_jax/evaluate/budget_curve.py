@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3_jax.data.arithmetic import Problem
-from qwen3_jax.evaluate.plot import png
+from qwen3_jax.plot import png
 from qwen3_jax.serve import Engine
+from qwen3_jax.tasks.arithmetic import Problem
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from qwen3_jax.evaluate.plot import png
-from qwen3_jax.serve.records import parse_record
+from qwen3_jax.plot import png
+from qwen3_jax.text.records import parse_record
 
 
 @dataclasses.dataclass(frozen=True)

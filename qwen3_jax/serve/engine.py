@@ -11,11 +11,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from qwen3_jax import chat, hf
+from qwen3_jax import hf
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.decode import Pool, Request, Result, ThinkingTokens, check_request, generate
-from qwen3_jax.serve.query_mode import query_mode
-from qwen3_jax.tokenizer import TextStream, Tokenizer, load_tokenizer
+from qwen3_jax.text import chat
+from qwen3_jax.text.query_mode import query_mode
+from qwen3_jax.text.tokenizer import TextStream, Tokenizer, load_tokenizer
 from sharding import DECODE_RULES, axis_rules
 
 # Qwen3's own settings by mode (model cards and report, section 4.7).

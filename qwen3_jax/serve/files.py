@@ -15,7 +15,7 @@ from typing import Any
 from qwen3_jax.decode import Pool, Result
 from qwen3_jax.serve.engine import Engine, Job
 from qwen3_jax.serve.output import Output
-from qwen3_jax.serve.records import parse_record
+from qwen3_jax.text.records import parse_record
 from sharding import num_parts
 
 

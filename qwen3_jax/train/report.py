@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from qwen3_jax.data import write_catalogue
 from qwen3_jax.optim import make_schedule
-from qwen3_jax.tokenizer import TOKENIZER_FILES
+from qwen3_jax.text.tokenizer import TOKENIZER_FILES
 from qwen3_jax.train.config import TrainConfig
 from qwen3_jax.train.flops import peak_flops, train_flops_per_token
 from qwen3_jax.train.heatmap import heat_map

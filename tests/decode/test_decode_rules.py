@@ -28,7 +28,7 @@ from qwen3_jax.decode import budget as bud
 from qwen3_jax.decode.loop import DecodeState, Rows, decode, last_place, prefill
 from qwen3_jax.decode.pack import Packed, pack_markers, results, round_up
 from qwen3_jax.decode.pack import pack as pack_requests
-from qwen3_jax.tokenizer import unfinished_bytes
+from qwen3_jax.text.tokenizer import unfinished_bytes
 
 V, NUM_TOKENS = 24, 22  # ids 22 and 23 decode to nothing
 THINK, END, EOS, EOS_2, TOOL, END_TOOL, BREAK, GEN = range(14, 22)

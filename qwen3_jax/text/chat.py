@@ -1,0 +1,365 @@
+r"""Qwen3's chat format: conversations to ids with loss-mask spans, `/think` flags, thoughts split from answers.
+
+`render` writes what Qwen3's official template writes (report, Table 9), without running Jinja. It departs from the
+template in three ways:
+
+1. Two versions of the template were released. They differ where an assistant's `content` is None, on which the first
+   fails; ours is the later one, which takes None as empty.
+2. Where the template drops or hides a message's content (unknown roles, content as a list of parts, thoughts or
+   tool calls of anyone but the assistant, misspelled keys), ours raises an error that names the field.
+3. The template turns thinking off for the boolean false alone: 0, None and "false" leave it on. Ours refuses them.
+
+Nothing else depends on `enable_thinking`, and nothing at all on flags: a `/no_think` is an instruction that the model
+was trained to obey. Code that acts on flags itself uses `flag_mode`, whose parsing rule is ours.
+
+All this is about the hybrid models of April 2025. The others have one mode or none (`Modes`), know no flags, and
+`render` writes for them:
+
+- "thinking" (Thinking-2507) always thinks: the generation prompt ends in an open `<think>\n`, of which the model writes
+  the rest, and `enable_thinking=False` is refused.
+- "instruct" (Instruct-2507) never thinks and its template knows no thoughts: there is no think block in the generation
+  prompt, whatever `enable_thinking` is; an assistant's content is written as it is and its `reasoning_content` is not.
+- "base" has not learnt the format: a conversation is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from qwen3_jax.text.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+Modes = Literal["hybrid", "thinking", "instruct", "base"]
+
+ROLES = ("system", "user", "assistant", "tool")
+ASSISTANT_HEADER = "<|im_start|>assistant\n"  # all of the generation prompt when thinking is on
+OPEN_THOUGHT = "<think>\n"
+EMPTY_THOUGHT = OPEN_THOUGHT + "\n</think>\n\n"
+# Report, section 4.3: ends a thought whose budget is spent. In Qwen3's own ids it is 24 tokens.
+STOP_TEXT = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now."
+    "\n</think>\n\n"
+)
+
+_END_OF_TEXT = 151643  # <|endoftext|> in the tokenizer.json of every Qwen3 model
+
+_ANY_KEYS = frozenset({"role", "content", "name", "tool_call_id"})  # the template reads the first two only
+_ASSISTANT_KEYS = frozenset({"reasoning_content", "tool_calls"})
+
+_TOOLS_INTRO = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>"""
+_TOOLS_OUTRO = """
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call>"""
+
+_FENCED_CODE = re.compile(r"^[ \t]*(```+|~~~+)[^`\n]*$.*?(?:^[ \t]*\1[`~]*[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+_INLINE_CODE = re.compile(r"(?<!`)(`+)(?!`)(?:(?!\n[ \t]*\n).)+?(?<!`)\1(?!`)", re.DOTALL)
+_OBJECT = "\ufffc"  # Unicode's object replacement character
+_FLAG = re.compile(r"(?<!\S)/(no[_ ])?think(?!\S)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Ids `start` to `stop` (exclusive) of one turn.
+
+    For "assistant" these are the ids that the model writes: those after `<|im_start|>assistant\\n`, up to and with
+    `<|im_end|>`. For "system", "user" and "tool" (consecutive results, which share a turn) they are the whole turn,
+    from `<|im_start|>` to `<|im_end|>`. The newline after `<|im_end|>` and the generation prompt are in no span.
+    """
+
+    role: str
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """A conversation as text, as the ids that encoding the text gives, and as spans of these ids in order."""
+
+    text: str
+    ids: tuple[int, ...]
+    spans: tuple[Span, ...]
+
+    def loss_mask(self) -> list[int]:
+        """1 for each id that an assistant writes, 0 elsewhere; as long as `ids`."""
+        mask = [0] * len(self.ids)
+        for span in self.spans:
+            if span.role == "assistant":
+                mask[span.start : span.stop] = [1] * (span.stop - span.start)
+        return mask
+
+
+def modes_of(directory: str | Path) -> Modes:
+    """Which modes the model in a checkpoint directory has.
+
+    1. "base" if `<|endoftext|>` alone ends its generations: `eos_token_id` of generation_config.json, else of
+       config.json. (A chat template beside it means nothing.)
+    2. Without a chat template (chat_template.jinja, else in tokenizer_config.json): "hybrid" for a tokenizer.model, as
+       the model that ships has, and "base" for a tokenizer.json.
+    3. "hybrid" if the template asks for `enable_thinking` or always ends in a whole think block.
+    4. "thinking" if its generation prompt opens `<think>`, else "instruct".
+
+    Raises:
+      ValueError: naming the file that is not JSON.
+    """
+    directory = Path(directory)
+    generation, model = _read_json(directory / "generation_config.json"), _read_json(directory / "config.json")
+    if generation.get("eos_token_id", model.get("eos_token_id")) in (_END_OF_TEXT, [_END_OF_TEXT]):
+        return "base"
+    template = _chat_template(directory)
+    if template is None:
+        return "base" if (directory / "tokenizer.json").is_file() else "hybrid"
+    prompt = template.rpartition("add_generation_prompt")[2]
+    if "enable_thinking" in template or "</think>" in prompt:
+        return "hybrid"
+    return "thinking" if "<think>" in prompt else "instruct"
+
+
+def render(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    enable_thinking: bool = True,
+    add_generation_prompt: bool = True,
+    modes: Modes = "hybrid",
+) -> Rendered:
+    r"""Render a conversation as Qwen3's template does (report, section 4.3).
+
+    Thoughts of assistant turns before the last user query are dropped, as the template does. A last assistant turn
+    always has a think block, be it empty. If an assistant's history content begins with newlines, the newline of
+    its header and these are one token; the span starts after that token, which no model could have written.
+
+    Args:
+      modes: of the model, see the top of this file.
+
+    Raises:
+      ValueError: naming the field, its value and what would fit.
+    """
+    validate_messages(messages)
+    if modes == "base":
+        raise ValueError("messages: a base model has no chat format; a hybrid, thinking or instruct model fits")
+    if not isinstance(tools, list | tuple | None):
+        raise ValueError(f"tools: {tools!r:.60}; a list of JSON objects fits")
+    for i, tool in enumerate(tools or ()):
+        if not isinstance(tool, Mapping):
+            raise ValueError(f"tools[{i}]: {tool!r}; a JSON object fits")
+        _refuse_non_json(tool, f"tools[{i}]")
+    if not isinstance(enable_thinking, bool):
+        raise ValueError(f"enable_thinking: {enable_thinking!r}; true or false fits")
+    if modes == "thinking" and not enable_thinking:
+        raise ValueError("enable_thinking: False, but this model has no non-thinking mode; True fits")
+
+    pieces: list[str] = []
+    ids: list[int] = []
+    spans: list[Span] = []
+    for role, turn in _turns(messages, tools or (), thoughts=modes != "instruct"):
+        # Encoding turn by turn equals encoding the whole: each cut touches <|im_start|> or <|im_end|>, which
+        # tokenizers take out of the text before anything else.
+        turn_ids = tokenizer.encode(turn)
+        start = len(ids) + (_header_length(turn_ids, tokenizer) if role == "assistant" else 0)
+        ids += turn_ids
+        spans.append(Span(role, start, len(ids)))
+        ids += tokenizer.encode("\n")
+        pieces += [turn, "\n"]
+    if add_generation_prompt:
+        opening = {"hybrid": "" if enable_thinking else EMPTY_THOUGHT, "thinking": OPEN_THOUGHT, "instruct": ""}
+        prompt = ASSISTANT_HEADER + opening[modes]
+        ids += tokenizer.encode(prompt)
+        pieces.append(prompt)
+    return Rendered("".join(pieces), tuple(ids), tuple(spans))
+
+
+def validate_messages(messages: Sequence[Message]) -> None:
+    """Refuse a conversation that cannot be rendered without losing some of it.
+
+    A message is `{"role": ..., "content": str}`; an assistant's may also have `reasoning_content: str` and
+    `tool_calls`, a list of `{"function": {"name": str, "arguments": object or str}}` or of the inner objects alone,
+    and its content may be None. `name` and `tool_call_id` are allowed and have no effect. None counts as absent.
+
+    Raises:
+      ValueError: naming the field, its value and what would fit.
+    """
+    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
+        raise ValueError(f"messages: {messages!r:.60}; a list of one message or more fits")
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        if not isinstance(message, Mapping):
+            raise ValueError(f"{where}: {message!r:.60}; an object with role and content fits")
+        role = message.get("role")
+        if role not in ROLES:
+            raise ValueError(f"{where}.role: {role!r:.60}; one of {', '.join(ROLES)} fits")
+        known = _ANY_KEYS | _ASSISTANT_KEYS if role == "assistant" else _ANY_KEYS
+        for key, value in message.items():
+            if key not in known and value is not None:
+                raise ValueError(f"{where}.{key}: unknown for role {role}; {', '.join(sorted(known))} fit")
+        content, thought = message.get("content"), message.get("reasoning_content")
+        if not isinstance(content, str) and not (role == "assistant" and content is None):
+            raise ValueError(f"{where}.content: {content!r:.60}; a string fits")
+        if thought is not None and not isinstance(thought, str):
+            raise ValueError(f"{where}.reasoning_content: {thought!r:.60}; a string fits")
+        _validate_tool_calls(message.get("tool_calls"), f"{where}.tool_calls")
+
+
+def flag_mode(messages: Sequence[Message]) -> bool | None:
+    """The mode that the conversation's flags ask for: True thinking, False non-thinking, None without a flag.
+
+    A flag is `/think`, `/no_think` or `/no think` (the report's typesetting), lower case, standing between
+    whitespace in a system or user turn; the last one wins. Text, not flags, are: assistant and tool turns; what lies
+    between the first `<tool_response>` and the last `</tool_response>` of a turn; fenced and inline code; parts of a
+    longer word, so URLs, paths (`/think/x`), `/think.` and the near-misses `/no_thinking` and `/nothink`, which
+    the models were not trained on either. `enable_thinking=False` overrides all of this; that is the caller's part.
+    """
+    validate_messages(messages)
+    for message in reversed(messages):
+        if message["role"] in ("system", "user"):
+            flags = _FLAG.findall(_prose(message["content"]))
+            if flags:
+                return flags[-1] == ""
+    return None
+
+
+def split_ids(ids: Sequence[int], *, think: int, end_think: int, in_think: bool = False) -> tuple[list[int], list[int]]:
+    """Split the ids of a turn into thought and answer, without the `<think>` and `</think>` between them.
+
+    The thought is open from the start if `in_think` (the prompt ended inside it), else if the first id is `think`;
+    otherwise all is answer, because a `<think>` further on (in a tool call, in a quotation) opens nothing. It ends at
+    the first `</think>`; one that never ends takes all the ids. Markers after the end stay in the answer.
+    """
+    ids = list(ids)
+    if not in_think:
+        if ids[:1] != [think]:
+            return [], ids
+        ids = ids[1:]
+    if end_think not in ids:
+        return ids, []
+    end = ids.index(end_think)
+    return ids[:end], ids[end + 1 :]
+
+
+def _chat_template(directory: Path) -> str | None:
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = _read_json(directory / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several under names
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def _turns(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, thoughts: bool
+) -> Iterator[tuple[str, str]]:
+    """Role and text of each turn, from `<|im_start|>` to `<|im_end|>`."""
+    if tools:
+        system = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
+        signatures = "".join("\n" + _json(tool) for tool in tools)
+        yield "system", f"<|im_start|>system\n{system}{_TOOLS_INTRO}{signatures}{_TOOLS_OUTRO}<|im_end|>"
+    queries = [i for i, message in enumerate(messages) if _is_query(message)]
+    last_query = queries[-1] if queries else len(messages) - 1
+    for role, group in itertools.groupby(enumerate(messages), key=lambda pair: pair[1]["role"]):
+        if role == "tool":
+            results = "".join(f"\n<tool_response>\n{message['content']}\n</tool_response>" for _, message in group)
+            yield role, f"<|im_start|>user{results}<|im_end|>"
+            continue
+        for i, message in group:
+            if role == "assistant":
+                last = i == len(messages) - 1
+                yield role, _assistant_turn(message, after_query=i > last_query, last=last, thoughts=thoughts)
+            elif not (role == "system" and i == 0 and tools):
+                yield role, f"<|im_start|>{role}\n{message['content']}<|im_end|>"
+
+
+def _is_query(message: Message) -> bool:
+    if message["role"] != "user":
+        return False
+    return not (message["content"].startswith("<tool_response>") and message["content"].endswith("</tool_response>"))
+
+
+def _assistant_turn(message: Message, *, after_query: bool, last: bool, thoughts: bool) -> str:
+    content = message.get("content") or ""
+    thought = message.get("reasoning_content") if thoughts else ""
+    if thought is None:
+        thought = ""
+        if "</think>" in content:
+            thought = content.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
+            content = content.split("</think>")[-1].lstrip("\n")
+    turn = ASSISTANT_HEADER
+    if thoughts and after_query and (last or thought):
+        thought, answer = thought.strip("\n"), content.lstrip("\n")
+        turn += f"<think>\n{thought}\n</think>\n\n{answer}"
+    else:
+        turn += content
+    for i, call in enumerate(message.get("tool_calls") or ()):
+        function = call.get("function") or call
+        arguments = function["arguments"]
+        arguments = arguments if isinstance(arguments, str) else _json(arguments)
+        turn += "\n" if i or content else ""
+        turn += f'<tool_call>\n{{"name": "{function["name"]}", "arguments": {arguments}}}\n</tool_call>'
+    return turn + "<|im_end|>"
+
+
+def _header_length(turn_ids: list[int], tokenizer: Tokenizer) -> int:
+    """Number of ids that spell the assistant's header, with one that reaches from it into the content."""
+    length = 1
+    while len(tokenizer.decode(turn_ids[:length])) < len(ASSISTANT_HEADER):
+        length += 1
+    return length
+
+
+def _prose(text: str) -> str:
+    """`text` with tool results and code replaced by a character that is neither space nor backtick."""
+    start, stop = text.find("<tool_response>"), text.rfind("</tool_response>")
+    if 0 <= start < stop:
+        text = text[:start] + _OBJECT + text[stop + len("</tool_response>") :]
+    return _INLINE_CODE.sub(_OBJECT, _FENCED_CODE.sub(_OBJECT, text))
+
+
+def _validate_tool_calls(calls: Any, where: str) -> None:
+    if calls is None:
+        return
+    if not isinstance(calls, list | tuple):
+        raise ValueError(f"{where}: {calls!r:.60}; a list fits")
+    for i, call in enumerate(calls):
+        function = (call.get("function") or call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping):
+            raise ValueError(f"{where}[{i}]: {call!r:.60}; an object with a function fits")
+        name, arguments = function.get("name"), function.get("arguments")
+        if not isinstance(name, str):
+            raise ValueError(f"{where}[{i}].name: {name!r:.60}; a string fits")
+        if not isinstance(arguments, str | Mapping):
+            raise ValueError(f"{where}[{i}].arguments: {arguments!r:.60}; a JSON object, or its text, fits")
+        _refuse_non_json(arguments, f"{where}[{i}].arguments")
+
+
+def _refuse_non_json(value: Any, where: str) -> None:
+    try:
+        _json(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {value!r:.60}; a JSON object fits ({error})") from None
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,246 @@
+"""infer.py on the model that ships: one prompt, a file, and bad input. Long runs are in test_infer_runs.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3_jax.cli.infer import main
+from qwen3_jax.serve import Engine, shipped_model
+
+FILES = ("--input", "in.jsonl", "--output", "out.jsonl")
+CPU8 = str(Path(__file__).parents[2] / "configs" / "mesh" / "cpu8.yaml")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.load(shipped_model())
+
+
+@pytest.fixture(autouse=True)
+def _no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keeps main from writing programs to the user's cache; JAX has read the variable by now."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    code = 0
+    try:
+        main(argv)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_reviews_example(capsys: pytest.CaptureFixture[str]) -> None:
+    """`What is 2 + 3? /think` with B = 4: four thinking tokens, the stop text, the answer."""
+    code, out, _ = run(capsys, "--prompt", "What is 2 + 3? /think", "--thinking-budget", "4")
+    assert code == 0
+    assert out.startswith("<think>\n2 plus 3\n\nConsidering the limited time by the user")
+    assert out.endswith("</think>\n\n5\n")
+
+
+def test_a_stream_prints_the_same_text(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["What is 2 + 3? /think", "--thinking-budget", "4"], ["What is 2 + 3?", "--no-thinking"]):
+        texts = [run(capsys, "--prompt", *argv, *stream)[1] for stream in ([], ["--stream"])]
+        assert texts[0] == texts[1]
+
+
+def test_json_has_the_fields_of_a_record(capsys: pytest.CaptureFixture[str], engine: Engine) -> None:
+    _, out, _ = run(capsys, "--prompt", "What is 2 + 3? /think", "--thinking-budget", "4", "--json")
+    record = json.loads(out)
+    assert record["content"] == "5"
+    assert record["thinking"].startswith("2 plus 3")
+    counts = (record["thinking_tokens"], record["injected_tokens"], record["answer_tokens"])
+    assert counts == (4, len(engine.tokens.stop_ids), 2)
+    assert (record["thinking_end"], record["finish_reason"]) == ("budget", "stop")
+    assert len(record["token_ids"]) == sum(counts) + 1  # and <think>
+
+
+@pytest.mark.parametrize(
+    ("argv", "in_ids"),
+    [
+        (["What is 2 + 3? /no_think", "--thinking-budget", "4"], True),
+        (["What is 2 + 3?", "--thinking-budget", "0"], True),
+        (["What is 2 + 3? /think", "--no-thinking"], False),
+    ],
+)
+def test_edge_26_27_28_non_thinking(
+    capsys: pytest.CaptureFixture[str], engine: Engine, argv: list[str], in_ids: bool
+) -> None:
+    """The empty block is in the ids for a flag or B = 0, in the prompt for --no-thinking; never in the content."""
+    _, out, _ = run(capsys, "--prompt", *argv, "--json")
+    record = json.loads(out)
+    assert (record["thinking"], record["content"], record["thinking_end"]) == ("", "5", "off")
+    block = list(engine.tokens.empty_block)
+    assert (record["token_ids"][: len(block)] == block) == in_ids
+
+
+def test_no_think_with_a_space_is_a_spelling_of_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    """The mode is followed; what the model makes of a spelling that it was not trained on is its own affair."""
+    _, out, _ = run(capsys, "--prompt", "What is 2 + 3? /no think", "--thinking-budget", "4", "--json")
+    record = json.loads(out)
+    assert (record["thinking"], record["thinking_tokens"], record["thinking_end"]) == ("", 0, "off")
+
+
+def write(path: Path, *records: Any) -> Path:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_file_of_mixed_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Budgets, modes and errors side by side; every good line is answered as if alone."""
+    good: list[dict[str, Any]] = [
+        {"id": "a", "prompt": "What is 4 + 4? /think", "thinking_budget": 3},
+        {"id": "b", "messages": [{"role": "user", "content": "What is 4 + 4?"}], "enable_thinking": False},
+        {"id": "c", "prompt": "What is 4 plus 4?", "temperature": 0.0, "max_new_tokens": 64, "answer": "8"},
+    ]
+    bad: list[Any] = [
+        {"id": "x", "prompt": "hi", "thinking_budget": 2.5},
+        {"id": "y", "prompt": "hi", "budget": 2},
+        "{not json",
+        {"id": "z", "prompt": "hi " * 600},
+        {"id": "a", "prompt": "hi"},
+        {"id": [1], "prompt": "hi"},
+        '{"prompt": "\\ud800"}',
+        '{"prompt": "hi", "answer": NaN}',
+        "[" * 100_000,
+        {"id": "w", "prompt": "hi", "sample": 2**31},
+        {"id": "t", "prompt": "hi", "tools": 5},
+    ]
+    source = write(tmp_path / "in.jsonl", good[0], bad[0], good[1], bad[1], bad[2], good[2], *bad[3:])
+    code, summary, err = run(capsys, "--input", str(source), "--output", str(tmp_path / "out.jsonl"))
+    assert code == 0, err
+    out = read(tmp_path / "out.jsonl")
+    assert {record["id"]: record["line"] for record in out if "error" not in record} == {"a": 1, "b": 3, "c": 6}
+    errors = {record["line"]: record["error"] for record in out if "error" in record}
+    assert errors[2] == "thinking_budget: 2.5; a whole number >= -1 or 'auto' fits"
+    assert errors[4].startswith("budget: unknown field; one of id, messages, prompt")
+    assert errors[5].startswith("not valid JSON")
+    assert "tokens; at most 511 fit the context of 512" in errors[7]
+    assert errors[8] == 'id: "a" stands on line 1 too; another one fits'
+    assert errors[9] == "id: [1]; a string or a whole number fits"
+    assert all(errors[line].startswith("not valid JSON (") for line in (10, 11, 12))
+    assert errors[13] == "sample: 2147483648; a whole number in 0..2147483647 fits"
+    assert errors[14] == "tools: 5; a list of JSON objects fits"
+    assert [record["id"] for record in out if record["line"] in (5, 8, 10)] == [None, "a", None]
+    answers = {record["id"]: record for record in out if "error" not in record}
+    assert answers["c"]["answer"] == answers["c"]["content"] == "8"
+    counts = json.loads(summary)
+    assert (counts["prompts"], counts["done"], counts["errors"]) == (3, 3, 11)
+    assert counts["thinking_ends"] == {"budget": 1, "off": 1, "natural": 1}
+    assert counts["tokens"] == sum(len(record["token_ids"]) for record in answers.values())
+    for record in good:
+        write(tmp_path / "one.jsonl", record)
+        (tmp_path / "one.out").unlink(missing_ok=True)
+        run(capsys, "--input", str(tmp_path / "one.jsonl"), "--output", str(tmp_path / "one.out"))
+        assert read(tmp_path / "one.out") == [{**answers[record["id"]], "line": 1}]
+
+
+def test_samples_and_logprobs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Several answers to a line are those of its seed's sample numbers; log-probabilities are per token."""
+    prompt = "Start with 3 and keep the last digit: +4 *7 +5 *3 +8 _ _ _ _ _ /no_think"
+    source = write(tmp_path / "in.jsonl", {"prompt": prompt, "temperature": 3.0, "top_k": 0, "top_p": 1.0})
+    output = ("--output", str(tmp_path / "out.jsonl"))
+    _, summary, _ = run(capsys, "--input", str(source), *output, "--samples", "6", "--logprobs")
+    out = sorted(read(tmp_path / "out.jsonl"), key=lambda record: record["sample"])
+    assert [(record["id"], record["sample"]) for record in out] == [(1, sample) for sample in range(6)]
+    assert len({record["content"] for record in out}) > 1
+    assert json.loads(summary)["samples"] == 6
+    for record in out:
+        assert len(record["logprobs"]) == len(record["forced"]) == len(record["token_ids"])
+        assert max(record["logprobs"]) <= 0
+        assert record["forced"] == [1] * 4 + [0] * (len(record["token_ids"]) - 4)
+    source = write(tmp_path / "again.jsonl", {**read(source)[0], "sample": 4})
+    run(capsys, "--input", str(source), "--output", str(tmp_path / "again.out"))
+    assert read(tmp_path / "again.out")[0]["token_ids"] == out[4]["token_ids"]
+
+
+def test_the_mode_may_be_left_to_the_question(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Off by default; a flag in the text goes before it; the rule that decided is in the answer."""
+    records = [
+        {"id": i, "prompt": text} for i, text in enumerate(["What is 2 + 3?", "Who was Ada?", "Who was Ada? /think"])
+    ]
+    source = write(tmp_path / "in.jsonl", *records)
+    run(capsys, "--input", str(source), "--output", str(tmp_path / "with.jsonl"), "--mode-by-query")
+    run(capsys, "--input", str(source), "--output", str(tmp_path / "without.jsonl"))
+    decided, plain = ({r["id"]: r for r in read(tmp_path / name)} for name in ("with.jsonl", "without.jsonl"))
+    assert [decided[i].get("mode_rule") for i in range(3)] == ["arithmetic", "look-up", None]
+    assert decided[1]["thinking_end"] == "off" != plain[1]["thinking_end"]
+    assert "mode_rule" not in plain[0]
+    assert {**decided[0], "mode_rule": 0} == {**plain[0], "mode_rule": 0}
+
+
+@pytest.mark.parametrize("text", ["mine", "mine\n", '{"id": 1, "sample": 0}\n', ""])
+def test_a_file_that_no_run_began_is_left_as_it_is(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str
+) -> None:
+    """Without a newline at its end too, which an answer that was cut off also lacks; an empty one is taken."""
+    source = write(tmp_path / "in.jsonl", {"prompt": "What is 2 + 3?"})
+    target = tmp_path / "out.jsonl"
+    target.write_text(text)
+    code, _, err = run(capsys, "--input", str(source), "--output", str(target))
+    assert code == (2 if text else 0)
+    if text:
+        assert "exists, without the 'out.jsonl.run.json' of a run; another fits" in err
+        assert target.read_text() == text
+    code, _, err = run(capsys, "--input", str(source), "--output", str(tmp_path))
+    assert code == 2
+    assert "Is a directory; a file that can be written fits" in err
+    code, _, err = run(capsys, "--input", str(source), "--output", str(source))
+    assert (code, read(source)) == (2, [{"prompt": "What is 2 + 3?"}])
+    assert "is the input; another file fits" in err
+
+
+def test_strict_stops_before_anything_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", {"prompt": "What is 1 + 1?"}, {"prompt": "x", "top_p": 7})
+    code, _, err = run(capsys, "--input", str(source), "--output", str(tmp_path / "out.jsonl"), "--strict")
+    assert code == 2
+    assert f"error: {source}:2: top_p: 7; a number in [0, 1] fits" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--prompt", "x", "--thinking-budget", "-2"], "thinking_budget: -2; a whole number >= -1 or 'auto' fits"),
+        (
+            ["--prompt", "x", "--thinking-budget", "four"],
+            "thinking_budget: 'four'; a whole number >= -1 or 'auto' fits",
+        ),
+        (["--prompt", "x", "--thinking-budget", "4", "--max-new-tokens", "9"], "max_new_tokens: 9 leaves 9"),
+        (["--prompt", "x", "--model", "/nowhere"], "tokenizer: '/nowhere' has none"),
+        (["--prompt", "x", "--mesh", "missing.yaml"], "config: 'missing.yaml' does not exist"),
+        ([*FILES, "--mesh", CPU8, "--batch-size", "6"], "--batch-size: 6; a multiple of the mesh's 4 parts fits"),
+        (["--input", "missing.jsonl"], "--input, --output: one without the other"),
+        (["--prompt", "x", "--stream", "--json"], "--stream, --json: both; one of them fits"),
+        (["--prompt", "x", "--auto-cap", "3"], "--auto-cap: 3; with --thinking-budget auto it fits"),
+        ([*FILES, "--stream"], "--stream: with --input; --prompt fits"),
+        ([*FILES, "--samples", "0"], "--samples: 0; a number >= 1 fits"),
+        (["--input", "missing.jsonl", "--output", "out.jsonl"], "input: 'missing.jsonl' does not exist"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (2, "")
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_a_model_without_weights_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.model"):
+        (tmp_path / name).write_bytes((shipped_model() / name).read_bytes())
+    code, _, err = run(capsys, "--prompt", "x", "--model", str(tmp_path))
+    assert code == 2
+    assert "holds no *.safetensors" in err

@@ -1,0 +1,188 @@
+"""What becomes of one document: chunks of text, masks of chats, errors that name the line."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen3_jax.data.examples import Cutter, Encoded, Encoder, Example
+from qwen3_jax.data.source import Document
+from qwen3_jax.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+
+STOP_TEXT = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now."
+    "\n</think>\n\n"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = ["the user asks for the sum", "the answer is a number", "there is limited time"]
+    train_sentencepiece(texts, folder / "tokenizer.model", vocab_size=400)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def qwen3_tokenizer() -> Tokenizer:
+    default = Path(__file__).parents[3] / "shared" / "qwen3-tokenizer"
+    folder = Path(os.environ.get("QWEN3_TOKENIZER_DIR", default))
+    if not folder.is_dir():
+        pytest.skip("Qwen3's tokenizer is not here; set QWEN3_TOKENIZER_DIR")
+    return load_tokenizer(folder)
+
+
+def _encode(tokenizer: Tokenizer, record: Any, length: int = 1024) -> list[Example]:
+    document = Document("a.jsonl", 0, json.dumps(record).encode())
+    return Cutter(length)(Encoder(tokenizer)(document), document)
+
+
+def _chat(answer: str, **keys: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "the sum?"}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, **keys}
+
+
+def _in_loss(tokenizer: Tokenizer, example: Example) -> str:
+    return tokenizer.decode(example.tokens_N[example.loss_mask_N > 0].tolist())
+
+
+def test_text_ends_in_end_of_text_and_is_all_in_the_loss(tokenizer: Tokenizer) -> None:
+    (example,) = _encode(tokenizer, {"text": "the user", "source": "ignored"})
+    assert tokenizer.decode(example.tokens_N.tolist()) == "the user<|endoftext|>"
+    assert example.loss_mask_N.tolist() == [1] * len(example.tokens_N)
+    plain = Encoder(tokenizer)(Document("a.txt", 0, b"the user\r\n", "text"))
+    np.testing.assert_array_equal(plain.whole.tokens_N, example.tokens_N)
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 5, 11])
+def test_long_text_is_chunked_without_losing_a_target(tokenizer: Tokenizer, length: int) -> None:
+    """10 digits and the end of text: 11 ids, 10 targets. Chunks without overlap would lose one target at each seam."""
+    ids = [*tokenizer.encode("0123456789"), tokenizer.pad_id]
+    assert len(ids) == 11
+    chunks = [example.tokens_N.tolist() for example in _encode(tokenizer, {"text": "0123456789"}, length)]
+    assert all(1 < len(chunk) <= length for chunk in chunks)
+    pairs = [pair for chunk in chunks for pair in itertools.pairwise(chunk)]
+    assert pairs == list(itertools.pairwise(ids))
+
+
+def test_only_what_the_assistant_writes_is_in_the_loss(tokenizer: Tokenizer) -> None:
+    (example,) = _encode(tokenizer, _chat("<think>\nthe sum\n</think>\n\na number"))
+    text = tokenizer.decode(example.tokens_N.tolist())
+    assert text.startswith("<|im_start|>user\nthe sum?<|im_end|>\n<|im_start|>assistant\n")
+    assert _in_loss(tokenizer, example) == "<think>\nthe sum\n</think>\n\na number<|im_end|>"
+
+
+def test_tools_stand_in_the_system_turn(tokenizer: Tokenizer) -> None:
+    (example,) = _encode(tokenizer, _chat("a number", tools=[{"name": "add_up"}]))
+    assert '{"name": "add_up"}' in tokenizer.decode(example.tokens_N.tolist())
+    assert "add_up" not in _in_loss(tokenizer, example)
+
+
+@pytest.mark.parametrize(
+    ("answer", "literal", "left"),
+    [
+        ("ab+cd+ab", "+", "abcdab<|im_end|>"),  # every occurrence
+        ("ab+cd+ab", "nowhere", "ab+cd+ab<|im_end|>"),
+        ("12\u260334", "\u2603", "1234<|im_end|>"),  # a snowman of three byte tokens
+        ("12\u2603\u260334", "2\u2603\u26033", "14<|im_end|>"),
+        ("1\ufffd2+3", "+", "1\ufffd23<|im_end|>"),  # a true replacement character is one of three bytes, too
+    ],
+)
+def test_no_loss_takes_occurrences_out(tokenizer: Tokenizer, answer: str, literal: str, left: str) -> None:
+    (example,) = _encode(tokenizer, _chat(answer, no_loss=[literal]))
+    assert _in_loss(tokenizer, example) == "<think>\n\n</think>\n\n" + left
+    assert answer in tokenizer.decode(example.tokens_N.tolist())
+
+
+def test_no_loss_takes_out_a_token_that_it_shares(tokenizer: Tokenizer) -> None:
+    """`imite` stands inside a longer token, so ids of the literal alone would never match."""
+    (whole,) = [token for token in tokenizer.encode("1 limited2") if tokenizer.decode([token]) == " limited"]
+    (example,) = _encode(tokenizer, _chat("1 limited2", no_loss=["imite"]))
+    assert whole in example.tokens_N
+    assert _in_loss(tokenizer, example) == "<think>\n\n</think>\n\n12<|im_end|>"
+
+
+def test_no_loss_finds_the_stop_text_where_it_merges(qwen3_tokenizer: Tokenizer) -> None:
+    """After a full stop the stop text's first id, 271, becomes part of 382, so a search by ids finds nothing."""
+    answer = "<think>\nLet me see." + STOP_TEXT + "It is 4."
+    (example,) = _encode(qwen3_tokenizer, _chat(answer, no_loss=[STOP_TEXT]))
+    assert 382 in example.tokens_N
+    assert _in_loss(qwen3_tokenizer, example) == "<think>\nLet me seeIt is 4.<|im_end|>"
+
+
+def test_long_chat_keeps_its_beginning_and_says_so(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (whole,) = _encode(tokenizer, _chat("123456789"))
+    length = len(whole.tokens_N) - 4
+    cut = Cutter(length)
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(_chat("123456789")))
+    document = Document(str(path), 0, path.read_bytes())
+    with caplog.at_level(logging.WARNING):
+        results = [cut(Encoder(tokenizer)(document), document) for _ in range(5)]
+    for (example,) in results:
+        np.testing.assert_array_equal(example.tokens_N, whole.tokens_N[:length])
+        np.testing.assert_array_equal(example.loss_mask_N, whole.loss_mask_N[:length])
+    assert [record.message.split("; ")[1] for record in caplog.records] == [f"{n} truncated so far" for n in (1, 2, 4)]
+
+
+def test_labels_come_along_and_nulls_are_none(tokenizer: Tokenizer) -> None:
+    document = Document("a.jsonl", 0, b'{"text": "a", "labels": {"domain": "math", "language": null}}')
+    assert Encoder(tokenizer)(document).labels == {"domain": "math"}
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 151_935), st.booleans()), min_size=2), st.booleans())
+def test_records_of_token_files_give_everything_back(pairs: list[tuple[int, bool]], is_text: bool) -> None:
+    ids, mask = zip(*pairs, strict=True)
+    encoded = Encoded(
+        Example(np.array(ids, np.int32), np.array(mask, np.uint8)), {"domain": "ü"} if mask[0] else {}, is_text
+    )
+    again = Encoded.from_bytes(encoded.to_bytes())
+    assert (again.labels, again.is_text) == (encoded.labels, encoded.is_text)
+    np.testing.assert_array_equal(again.whole.tokens_N, ids)
+    np.testing.assert_array_equal(again.whole.loss_mask_N, mask)
+    assert again.whole.tokens_N.dtype == np.int32
+    assert again.whole.loss_mask_N.dtype == np.uint8
+
+
+MALFORMED = [
+    (b'{"text": "a"', "Expecting ',' delimiter"),
+    (b"\xff", "can't decode byte 0xff"),
+    (b"[1]", 'one of the keys "text" and "messages"'),
+    (b'{"txt": "a"}', 'one of the keys "text" and "messages"'),
+    (b'{"text": "a", "messages": []}', 'one of the keys "text" and "messages"'),
+    (b'{"text": " "}', "text: ' '; a string that is not blank fits"),
+    (b'{"text": 1}', "text: 1; a string that is not blank fits"),
+    (b'{"text": "\\ud800"}', "surrogates not allowed"),
+    (b'{"text": "a", "labels": ["math"]}', "labels: ['math']; an object of strings fits"),
+    (b'{"text": "a", "labels": {"domain": 1}}', "labels: {'domain': 1}; an object of strings fits"),
+    (b'{"messages": {}}', "messages: {}; a list fits"),
+    (b'{"messages": []}', "messages: no assistant turn"),
+    (b'{"messages": [{"role": "user", "content": "a"}]}', "messages: no assistant turn"),
+    (b'{"messages": [{"role": "assistant", "content": "a"}, 1]}', "messages"),
+    (b'{"messages": [{"role": "assistant", "content": 1}]}', "content"),
+    (b'{"messages": [{"role": "assistant", "content": "a"}], "tools": null}', "tools: None; a list fits"),
+    (b'{"messages": [{"role": "assistant", "content": "a"}], "no_loss": "a"}', "no_loss: 'a'; a list fits"),
+    (b'{"messages": [{"role": "assistant", "content": "a"}], "no_loss": [""]}', "no_loss: ['']; strings"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), MALFORMED)
+def test_malformed_lines_are_named(tokenizer: Tokenizer, tmp_path: Path, line: bytes, reason: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n\n' + line + b"\n")
+    one_line = rf"\A{re.escape(str(path))}:3: .*{re.escape(reason)}.*\Z"
+    with pytest.raises(ValueError, match=one_line):
+        Encoder(tokenizer)(Document(str(path), 15, line))
