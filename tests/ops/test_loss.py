@@ -12,6 +12,8 @@ from qwen3_jax.ops import loss as loss_module
 from qwen3_jax.ops.loss import linear_cross_entropy
 from sharding import MeshConfig, make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ROWS, LENGTH, WIDTH, VOCAB = 8, 12, 16, 40
 
 

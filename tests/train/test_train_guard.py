@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +13,14 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from tiny import DENSE
 
-from qwen3_jax.config import ModelConfig
 from qwen3_jax.model import Qwen3
 from qwen3_jax.train.guard import Guard, GuardedState, skip_bad_steps
 from qwen3_jax.train.step import TrainState, make_train_step
 
-CONFIG = ModelConfig(
+CONFIG = dataclasses.replace(
+    DENSE,
     vocab_size=64,
     hidden_size=16,
     num_hidden_layers=1,
@@ -27,7 +29,6 @@ CONFIG = ModelConfig(
     head_dim=8,
     intermediate_size=32,
     max_position_embeddings=16,
-    rope_theta=1e4,
     tie_word_embeddings=True,
 )
 ROWS, LENGTH = 4, 8
