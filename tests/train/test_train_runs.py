@@ -389,7 +389,7 @@ def test_a_save_that_one_process_cannot_write_ends_all_and_the_one_before_counts
         finish(process)
     processes = start_many(folder, output, coordinator_address, 2, victim=victim)
     said = [finish(process, code=2) for process in processes]
-    reason = f"checkpoint 6: '{folder / output / 'checkpoints'}': File too large; nothing of it counts"
+    reason = f"checkpoint 6: '{folder / output / 'checkpoints'}': File too large; it was not saved"
     assert f"error: {reason}" in said[victim]
     assert f"error: process {victim}: {reason}" in said[1 - victim]
     assert "from step 4" in finish(quick_start(folder, output, "--steps", "8"))
