@@ -25,7 +25,7 @@ program_cache.make_writes_atomic()
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None)
 hypothesis.settings.load_profile("repeatable")
 
-# `make test-quick`: what a change breaks most often. Parity of layers and model, the budget's rules, the pool, steps and
+# `make test-quick`: parity of layers and model, the rules of the budget, the pool, train steps and
 # their resumption, one mesh, checkpoints both ways, the chat template, refusals of configs.
 QUICK = (
     "tests/data/test_data_packing.py",

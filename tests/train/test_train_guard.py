@@ -94,6 +94,18 @@ def test_a_spike_is_skipped_only_where_asked() -> None:
     jax.tree.map(np.testing.assert_array_equal, state.train, without.train)
 
 
+def test_a_step_touches_no_host() -> None:
+    """Its state and batch are on the devices, and what it gives stays there."""
+    step, first = guarded(None)
+    state, _ = step(first(), batch(0))
+    batches = [batch(1), batch(2)]
+    with jax.transfer_guard("disallow"):
+        for one in batches:
+            state, _ = step(state, one)
+        with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+            step(state, {name: np.asarray(value) for name, value in batches[0].items()})
+
+
 def test_the_guard_goes_on_from_what_the_record_says() -> None:
     state, _ = run([batch(0), batch(1, NAN)])
     counters = {name: value.item() for name, value in jax.device_get(vars(state.guard)).items()}
