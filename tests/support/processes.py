@@ -20,7 +20,7 @@ from typing import TextIO
 from program_cache import make_writes_atomic
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["qwen3_jax.cli.train", "qwen3_jax.cli.main", "gcsfs"])
+_CONTEXT.set_forkserver_preload(["qwen3_jax.cli.train", "qwen3_jax.cli.infer", "qwen3_jax.cli.main", "gcsfs"])
 
 
 class Command:
