@@ -1,8 +1,8 @@
-"""Training checkpoints by Orbax: asynchronous, atomic, kept by policy, and used only where every bit is as written.
+"""Training checkpoints by Orbax: written asynchronously and atomically, and verified by checksums before use.
 
-A checkpoint is a directory named by its step, with the items `params` and `optimizer` (arrays, sharded over the
-hosts), `data` (where every process is in the documents) and `run` (JSON: all else that a run must know to go on).
-It appears whole, under that name, or not at all; `digests.json` in it holds the SHA-256 of all its other files.
+A checkpoint is a directory named by its step. Its items are `params` and `optimizer` (arrays, sharded over the hosts),
+`data` (the position of every process in the documents) and `run` (JSON: everything else that a resumed run needs).
+`digests.json` holds the SHA-256 of all other files. The directory gets its name when all files are written.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ from jax.experimental import multihost_utils
 CHECKPOINTS = "checkpoints"  # in a run's output_dir
 DIGESTS = "digests.json"
 PARAMS = "params"
-_TIMES = "_CHECKPOINT_METADATA"  # when it was saved, which Orbax writes last of all and needs for nothing here
+_TIMES = "_CHECKPOINT_METADATA"  # time stamps: Orbax rewrites this file after the digests, and nothing here reads it
 _IN_PROGRESS = ".orbax-checkpoint-tmp"  # Orbax's name for a checkpoint that is being written
 
 
 class Checkpointer:
-    """The checkpoints of one run. As a context manager it waits, on leaving, until all is on disk.
+    """The checkpoints of one run. Leaving its `with` block waits until the last save is finished.
 
     Args:
-      directory: made if it is not there; what a killed process left half written in it is deleted.
-      keep: how many of the newest stay. keep_every: those of every so many steps stay for good.
+      directory: created if it does not exist. Partly written checkpoints of a killed process are deleted.
+      keep: number of newest checkpoints that are preserved.
+      keep_every: checkpoints of steps that this divides are preserved forever.
 
     Raises:
-      OSError: in one line, naming step and directory, for a checkpoint that cannot be written. Saving goes on in the
-        background, so the next `save`, or leaving, may be what raises it.
+      OSError: one line with step and directory, where a checkpoint cannot be written. Since saving runs in the
+        background, the next `save` or leaving the `with` block raises it.
     """
 
     def __init__(self, directory: str | Path, keep: int, keep_every: int | None = None) -> None:
@@ -63,18 +64,20 @@ class Checkpointer:
             ),
         )
         self._saving = -1
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax would trace what is raised here in one line
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback of errors that are raised here
 
-    def newest_whole(self, announce: Callable[[str], None]) -> int | None:
-        """The newest step that is as it was written, None where there are no checkpoints.
+    def newest_verified(self, announce: Callable[[str], None]) -> int | None:
+        """The newest step whose files match their digests, None where there are no checkpoints.
 
-        Damaged ones that are newer are renamed to `<step>.damaged`, which nothing here touches again; `announce` is
-        told of each.
+        Newer, damaged checkpoints are renamed to `<step>.damaged` and ignored from then on.
+
+        Args:
+          announce: called with one line for each damaged checkpoint.
 
         Raises:
-          ValueError: there are checkpoints, and every one is damaged; all stay where they are.
+          ValueError: all checkpoints are damaged. None is renamed then.
         """
-        found = find_whole(self.directory, announce)
+        found = find_verified(self.directory, announce)
         if found is None:
             return None
         newer = [step for step in self._manager.all_steps() if step > int(found.name)]
@@ -87,10 +90,10 @@ class Checkpointer:
         return int(found.name)
 
     def save(self, step: int, params: Any, optimizer: Any, data: dict[str, Any], run: dict[str, Any]) -> None:
-        """Starts saving; the arrays may be donated as soon as this returns.
+        """Starts saving in the background. The arrays may be donated once this returns.
 
         Args:
-          data: this process's part; see `Checkpointer.restore`. run: the same on every process.
+          data: the part of this process, see `restore`. run: the same on every process.
         """
         self._wait()
         self._saving = step
@@ -106,13 +109,16 @@ class Checkpointer:
             raise self._refusal(error) from error
 
     def restore(self, step: int, params: Any, optimizer: Any) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
-        """`(params, optimizer, data, run)`, the arrays shaped and sharded as the abstract ones given are.
+        """`(params, optimizer, data, run)` of a step. `data` is the union of all processes' parts.
 
-        Neither the mesh nor the number of processes need be those that saved: `data` is the union of all their parts.
+        The mesh and the number of processes may differ from those that saved.
+
+        Args:
+          params, optimizer: abstract arrays with the shapes and shardings to restore to.
 
         Raises:
-          ValueError: it holds other arrays, of a model or an optimiser of another kind.
-          OSError: it cannot be read.
+          ValueError: the checkpoint holds other arrays, of another model or optimiser.
+          OSError: the checkpoint cannot be read.
         """
         args = ocp.args.Composite(
             params=ocp.args.StandardRestore(params),
@@ -122,7 +128,7 @@ class Checkpointer:
         )
         try:
             restored = self._manager.restore(step, args=args)
-        except (ValueError, KeyError) as error:  # a page, with both trees in it
+        except (ValueError, KeyError) as error:  # Orbax's message prints both trees, over a page
             reason = reason_of(error)
             if not re.search("do not match|not compatible", reason):
                 raise OSError(f"checkpoint {step}: {str(self.directory)!r}: {reason}") from error
@@ -148,16 +154,17 @@ class Checkpointer:
     def _wait(self) -> None:
         try:
             self._manager.wait_until_finished()
-        except Exception as error:  # tensorstore, Orbax and the system each raise their own
+        except Exception as error:  # tensorstore, Orbax and the operating system have no common exception
             raise self._refusal(error) from error
 
     def _refusal(self, error: Exception) -> OSError:
-        return OSError(f"checkpoint {self._saving}: {str(self.directory)!r}: {reason_of(error)}; nothing of it counts")
+        return OSError(f"checkpoint {self._saving}: {str(self.directory)!r}: {reason_of(error)}; it was not saved")
 
     def _write_digests(self) -> None:
-        """Called when all processes have written all files, before the checkpoint gets its name."""
+        """Orbax calls this after all processes have written all files, before the checkpoint gets its name."""
         building = self.directory / f"{self._saving}{_IN_PROGRESS}"
-        path = building if building.exists() else self.directory / str(self._saving)  # object stores cannot rename
+        # Object stores cannot rename: there, Orbax writes to the final name and marks it as complete at the end.
+        path = building if building.exists() else self.directory / str(self._saving)
         fs, inside = fsspec.core.url_to_fs(str(path))
         names = sorted(str(PurePath(file).relative_to(inside)) for file in fs.find(inside))
         names = [name for name in names if PurePath(name).name != _TIMES]
@@ -166,16 +173,16 @@ class Checkpointer:
         (path / DIGESTS).write_text(json.dumps(digests, indent=1))
 
 
-def find_whole(directory: str | Path | epath.Path, announce: Callable[[str], None]) -> epath.Path | None:
-    """The newest checkpoint in `directory` that is as it was written, None where there is none at all.
+def find_verified(directory: str | Path | epath.Path, announce: Callable[[str], None]) -> epath.Path | None:
+    """The newest checkpoint in `directory` whose files match their digests, None where there are no checkpoints.
 
-    All processes of a run call it together: each reads its share of the files.
+    A collective: all processes of a run must call it, and each reads a share of the files.
 
     Args:
-      announce: told in one line of each damaged one that is newer.
+      announce: called with one line for each newer, damaged checkpoint.
 
     Raises:
-      ValueError: there are checkpoints, and every one is damaged.
+      ValueError: all checkpoints are damaged.
     """
     directory = absolute(directory)
     steps = ocp.utils.checkpoint_steps(directory) if directory.exists() else []
@@ -188,32 +195,32 @@ def find_whole(directory: str | Path | epath.Path, announce: Callable[[str], Non
         problems.append(f"checkpoint {step} is damaged: {problem}")
         announce(problems[-1])
     if problems:
-        raise ValueError(f"{str(directory)!r}: no whole checkpoint; {problems[0]}")
+        raise ValueError(f"{str(directory)!r}: no verified checkpoint; {problems[0]}")
     return None
 
 
 def restore_params(path: epath.Path, params: Any) -> Any:
-    """The weights of the checkpoint in `path`, shaped and sharded as the abstract ones given are."""
+    """The weights of the checkpoint `path`, with the shapes and shardings of the abstract arrays `params`."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path / PARAMS, params)
 
 
 def absolute(directory: str | Path | epath.Path) -> epath.Path:
-    """As Orbax wants paths; those in a bucket are so already."""
+    """An absolute path, which Orbax requires; a path in a bucket is returned as it is."""
     path = epath.Path(directory)
     return path if "://" in str(path) else path.absolute()
 
 
 def reason_of(error: Exception) -> str:
-    """Why something could not be read or written, in one line: each kind of storage has its own exceptions."""
-    number = re.search(r"(?:os_error_code='|Errno )(\d+)", str(error))  # as tensorstore says it, and the system
+    """The cause of a failed read or write in one line, for the exceptions of all kinds of storage."""
+    number = re.search(r"(?:os_error_code='|Errno )(\d+)", str(error))  # of tensorstore, of the operating system
     if number:
         return os.strerror(int(number[1]))
     return str(error).partition("\n")[0].partition(". ")[0].rstrip(":")[:200] or type(error).__name__
 
 
 def _damage(path: epath.Path) -> str | None:
-    """What is wrong with a checkpoint, None if nothing is; the same on every process."""
+    """What is wrong with a checkpoint, None if it is verified. None on every process or on no process."""
     try:
         digests = json.loads((path / DIGESTS).read_text())
         names = sorted(digests)[jax.process_index() :: jax.process_count()]
@@ -254,8 +261,10 @@ def _barrier(name: str) -> None:
 
 
 def _wait_for_all(*, key: str, timeout_ms: int) -> None:
-    """Orbax's barrier, except after a failure in its own thread: it then comes to another one than the processes that
-    had none."""
+    """Orbax's barrier, except after a failure in Orbax's background thread.
+
+    There, Orbax would wait at a barrier that the processes without a failure never reach.
+    """
     failure = sys.exception()
     if failure is not None and threading.current_thread() is not threading.main_thread():
         raise failure
@@ -264,7 +273,8 @@ def _wait_for_all(*, key: str, timeout_ms: int) -> None:
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        return False  # the run asks itself; Orbax would ask again in the background, with a step long gone
+        # The train loop handles preemption. Orbax would poll in the background too, with a step that is over.
+        return False
 
 
 class _PartsHandler(ocp.CheckpointHandler):

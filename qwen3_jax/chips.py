@@ -1,4 +1,4 @@
-"""TPU chips, one JAX device each: the figures of the vendor's data sheets that estimates need."""
+"""TPU chips: the figures of the vendor's data sheets that estimates need."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What JAX lists as one device (of a TPU7x, half a chip).
+    """What JAX lists as one device: a chip, or half a chip of a TPU7x.
 
-    device_kinds: how `jax.Device.device_kind` calls it.
+    device_kinds: values of `jax.Device.device_kind`.
     peak_flops: dense bfloat16 FLOP/s.
-    clock_hz: at which the matrix units' FLOPs per cycle come to `peak_flops`.
-    hbm_bandwidth, hbm_bytes: of its memory, bytes/s and bytes.
-    ici_bandwidth: bytes/s of one link to a neighbour, one way.
-    torus_axes: of its network, 2 or 3.
-    sparse_cores: whether it has SparseCores that the compiler was seen to run collectives on, beside the matrix units.
+    clock_hz: the clock at which the matrix units reach `peak_flops`.
+    hbm_bandwidth, hbm_bytes: bytes/s and bytes of the memory.
+    ici_bandwidth: bytes/s of one link to a neighbour, in one direction.
+    torus_axes: dimensions of the network, 2 or 3.
+    sparse_cores: whether the compiler was seen to run collectives on SparseCores, beside the matrix units.
     """
 
     name: str
@@ -32,8 +32,10 @@ class Chip:
     sparse_cores: bool
 
     def wraps(self, slice_shape: Sequence[int], axis: int) -> bool:
-        """Whether an axis of a slice of this shape closes to a ring: in two dimensions where it is a whole pod's side
-        of 16, in three where the slice is made of whole cubes of 4 x 4 x 4."""
+        """Whether a dimension of a slice has wrap-around links, so that it forms a ring.
+
+        In a 2D torus: if it spans a full pod (16 chips). In a 3D torus: if the slice consists of 4 x 4 x 4 cubes.
+        """
         if self.torus_axes == 2:
             return slice_shape[axis] == 16
         return all(size % 4 == 0 for size in slice_shape)
@@ -53,10 +55,10 @@ BY_DEVICE_KIND = {kind: chip for chip in CHIPS.values() for kind in chip.device_
 
 
 def find_chip(name: str) -> Chip:
-    """The chip of a name ("v5p"), of a topology ("v5p:4x4x4") or of a device's `device_kind` ("TPU v5").
+    """The chip by its name ("v5p"), by a topology ("v5p:4x4x4"), or by a `device_kind` ("TPU v5").
 
     Raises:
-      ValueError: there is none of that name.
+      ValueError: the name is unknown.
     """
     chip = BY_DEVICE_KIND.get(name) or CHIPS.get(name.partition(":")[0])
     if chip is None:

@@ -1,8 +1,8 @@
 """The architecture of a Qwen3 model, in Hugging Face's field names (report, section 2).
 
-`ModelConfig` says what the network *is*; how it is computed (dtype, rematerialisation, expert dispatch) is said
-by the attributes of `qwen3_jax.model.Qwen3`. A `config.json` is read in both spellings that exist, that of the
-released files and that of transformers 5, and written in the released one, which both read.
+`ModelConfig` defines the network. How it is computed (dtype, rematerialisation, expert dispatch) is set by the
+attributes of `qwen3_jax.model.Qwen3`. A `config.json` is read in both existing spellings, that of the released files
+and that of transformers 5. It is written in the released spelling, which transformers 4.51 and later read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from etils import epath
 
-# Keys of a config.json that change nothing in the network: provenance, generation, output switches of transformers.
+# Keys of a config.json that do not affect the network: provenance, generation, output switches of transformers.
 _NEUTRAL_KEYS = frozenset(
     """_attn_implementation _name_or_path add_cross_attention architectures attn_implementation auto_map
     chunk_size_feed_forward cross_attention_hidden_size dtype finetuning_task id2label is_decoder is_encoder_decoder
@@ -24,7 +24,7 @@ _NEUTRAL_KEYS = frozenset(
     prefix problem_type return_dict task_specific_params tokenizer_class torch_dtype transformers_version use_cache
     use_return_dict""".split()
 )
-# Keys that are faithful at one value only; the rest is a network this project does not build.
+# Keys that must have one of these values: any other value is a network that this project does not implement.
 _FIXED_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
@@ -64,17 +64,17 @@ class RopeScaling:
             raise ValueError(f"{where}.rope_type: {kind!r} is not supported; 'default' or 'yarn' fits")
         optional = {"attention_factor", "beta_fast", "beta_slow"}
         _refuse_unknown(raw, _YARN_KEYS | optional, where)
-        # transformers would derive a missing factor or length from others, differently by version: never guess.
+        # transformers derives a missing factor or length from other keys, differently in each version: never guess.
         missing = {key for key in ("factor", "original_max_position_embeddings") if raw.get(key) is None}
         if missing:
-            raise ValueError(f"{where}: YaRN needs {', '.join(sorted(missing))} to be written out")
+            raise ValueError(f"{where}: {', '.join(sorted(missing))} missing; YaRN needs explicit values")
         given = {key: raw[key] for key in optional if raw.get(key) is not None}
         return cls(float(raw["factor"]), int(raw["original_max_position_embeddings"]), **given)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Qwen3 network. Every field bears Hugging Face's name and meaning; `num_experts == 0` is a dense model.
+    """A Qwen3 network. Fields have Hugging Face's names and meanings; `num_experts == 0` is a dense model.
 
     Raises:
       ValueError: naming the field, its value and what would fit.
@@ -132,19 +132,19 @@ class ModelConfig:
 
     @property
     def layer_runs(self) -> tuple[tuple[int, int], ...]:
-        """Longest runs `(start, stop)` of equal layers, in order; each run is one scan."""
+        """The runs `(start, stop)` of consecutive layers of the same kind, in order; each run is one scan."""
         kinds = [self.is_moe_layer(layer) for layer in range(self.num_hidden_layers)]
         starts = [i for i in range(len(kinds)) if i == 0 or kinds[i] != kinds[i - 1]]
         return tuple(zip(starts, [*starts[1:], len(kinds)], strict=True))
 
     @property
     def num_params(self) -> int:
-        """Number of weights, tied ones once."""
+        """Number of weights, tied ones counted once."""
         return self._count_params(self.num_experts)
 
     @property
     def num_active_params(self) -> int:
-        """Number of weights that one token meets: of the experts, the `num_experts_per_tok` chosen."""
+        """Number of weights that one token uses: of the experts, `num_experts_per_tok`."""
         return self._count_params(self.num_experts_per_tok)
 
     def _count_params(self, experts: int) -> int:
@@ -174,8 +174,10 @@ class ModelConfig:
     def from_hf(cls, source: str | Path | Mapping[str, Any]) -> ModelConfig:
         """From a Hugging Face `config.json`: its path, its directory, or its content.
 
-        Nothing is filled in silently: transformers' class defaults are not Qwen3's values, so a key that shapes
-        the network must be there, and a key that this class cannot represent is refused by name.
+        No default is filled in, since the defaults of transformers' classes are not Qwen3's values.
+
+        Raises:
+          ValueError: a key that defines the network is missing, or a key cannot be represented.
         """
         raw = dict(source) if isinstance(source, Mapping) else _read_config_json(epath.Path(source))
         model_type = raw.get("model_type")
@@ -223,7 +225,7 @@ class ModelConfig:
         return cls(**fields)
 
     def to_hf(self) -> dict[str, Any]:
-        """The content of a `config.json` in the spelling of the released files."""
+        """The content of a `config.json`, in the spelling of the released files."""
         moe = self.num_experts > 0
         raw = dataclasses.asdict(self)
         raw["mlp_only_layers"] = list(self.mlp_only_layers)
@@ -266,4 +268,4 @@ def _read_config_json(path: epath.Path) -> dict[str, Any]:
 def _refuse_unknown(raw: Mapping[str, Any], known: set[str] | frozenset[str], where: str) -> None:
     unknown = sorted(key for key in raw if key not in known and raw[key] is not None)
     if unknown:
-        raise ValueError(f"{where}: {', '.join(unknown)} not supported; remove what does not shape the network")
+        raise ValueError(f"{where}: {', '.join(unknown)} not supported; remove keys that do not affect the network")

@@ -1,4 +1,4 @@
-"""A released checkpoint to an Orbax one, or back."""
+"""Conversion of a checkpoint from Hugging Face's layout to Orbax, or back."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from rich.console import Console
 from rich.progress import track
 
 from qwen3_jax import hf
-from qwen3_jax.checkpoint import CHECKPOINTS, PARAMS, absolute, find_whole
+from qwen3_jax.checkpoint import CHECKPOINTS, PARAMS, absolute, find_verified
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.text.tokenizer import TOKENIZER_FILES
 
 
 def convert(source: epath.Path | Path, target: Path) -> None:
-    """Converts a checkpoint, bit for bit, and copies the tokenizer's files along.
+    """Converts a checkpoint bit for bit, and copies the files of the tokenizer. The kind of `source` is detected.
 
-    The Orbax side is a directory with `config.json` and `params`, the stacked weights as a StandardCheckpointer tree.
-    A training run's output directory is read as one, with the weights of its newest checkpoint. The weights pass
-    through the host's memory, where they are once; `target` appears when all is written.
+    An Orbax checkpoint here is a directory with `config.json` and `params`, the stacked weights as a
+    StandardCheckpointer tree. A training run's output directory can be a source too: its newest verified checkpoint is
+    used. The host's memory holds one copy of the weights. `target` appears under its name when everything is written.
 
     Raises:
-      ValueError: `source` is no such checkpoint or not a sound one, or `target` exists and is not empty.
+      ValueError: `source` is neither kind of checkpoint or is damaged, or `target` exists and is not empty.
     """
     console = Console()
-    # The host holds models that one accelerator does not.
+    # On the CPU: the host's memory holds models that one accelerator's does not.
     with hf.new_directory(target) as building, jax.default_device(jax.local_devices(backend="cpu")[0]):
         if (orbax := _find_orbax(source, console)) is not None:
             config, params = ModelConfig.from_hf(source), _load_orbax(orbax)
@@ -56,14 +56,14 @@ def _save_orbax(directory: Path, config: ModelConfig, params: dict[str, Any]) ->
 
 
 def _find_orbax(source: epath.Path | Path, console: Console) -> epath.Path | None:
-    """Where the Orbax weights of `source` lie, a training run's newest ones; None if it has none."""
+    """The directory of the Orbax weights of `source` (of a training run: the newest verified); None without any."""
     if (source / PARAMS).is_dir():
         return absolute(source / PARAMS)
     if not (source / CHECKPOINTS).is_dir():
         return None
-    newest = find_whole(source / CHECKPOINTS, console.print)
+    newest = find_verified(source / CHECKPOINTS, console.print)
     if newest is None:
-        raise ValueError(f"source: {str(source / CHECKPOINTS)!r} holds no step; a run that has saved one fits")
+        raise ValueError(f"source: {str(source / CHECKPOINTS)!r} is empty; a run that has saved a checkpoint fits")
     console.print(f"{source}: step {newest.name}", soft_wrap=True, highlight=False)
     return newest / PARAMS
 

@@ -1,4 +1,4 @@
-"""Plots as files."""
+"""Plots as PNG files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from etils import epath
 
 @contextmanager
 def png(path: epath.Path | Path) -> Iterator[Any]:
-    """Axes to draw on; at the end they are at `path`, in a folder that is made for it."""
+    """Matplotlib axes to draw on. On leaving the block the figure is written to `path`; its directory is created."""
     import matplotlib
 
     matplotlib.use("Agg")

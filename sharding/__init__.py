@@ -1,8 +1,8 @@
 """Meshes, logical axes, and the tables that map the second to the first.
 
-Knows nothing of Qwen3. Every weight and activation names its axes by what they mean ("heads", "batch"); `AXIS_RULES`
-says over which mesh axes each meaning is split, `DECODE_RULES` says it for decoding. Meshes have `AxisType.Auto` axes:
-XLA's partitioner propagates the shardings and inserts the collectives.
+Nothing here knows Qwen3. Every weight and activation names its dims by what they mean ("heads", "batch"). `AXIS_RULES`
+maps these logical axes to mesh axes for training and prefill, `DECODE_RULES` for steps of decoding. Meshes have
+`AxisType.Auto` axes: XLA's partitioner propagates the shardings and inserts the collectives.
 """
 
 from sharding.axes import (
@@ -19,7 +19,7 @@ from sharding.axes import (
     split_over_replicas,
 )
 from sharding.mesh import MeshConfig, make_mesh
-from sharding.processes import end_others, start_processes
+from sharding.processes import end_if_another_died, end_others, from_first_process, start_processes
 
 __all__ = [
     "AXIS_RULES",
@@ -28,7 +28,9 @@ __all__ = [
     "MeshConfig",
     "axis_rules",
     "constrain",
+    "end_if_another_died",
     "end_others",
+    "from_first_process",
     "make_mesh",
     "named_shardings",
     "num_parts",

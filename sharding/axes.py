@@ -1,4 +1,8 @@
-"""Logical axes and their rules."""
+"""Logical axes, and the rules that map them to mesh axes.
+
+"Logical axis" is the meaning of a tensor dim ("heads"); "mesh axis" is an axis of the device mesh ("tensor"). The
+current mesh is the one of `jax.set_mesh`; the current rules are those of `axis_rules`.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +24,11 @@ _ALL_BUT_DATA: Axes = ("tensor", "fsdp", "expert", "context")
 
 @dataclasses.dataclass(frozen=True)
 class AxisRules:
-    """The mesh axes that each logical axis is split over. One table serves every mesh: an axis of size 1 splits
-    nothing.
+    """The mesh axes that shard each logical axis. One table serves every mesh: a mesh axis of size 1 does nothing.
 
-    relaxed: an axis is split over those of its mesh axes that divide it and that no axis before it took, "embed" over
-      what all the others leave; otherwise all must divide it, and two that want the same mesh axis are an error.
+    relaxed: False: every listed mesh axis must divide the dim, and two dims of an array that list the same mesh axis
+      are an error. True: a dim takes the listed mesh axes that divide it and that no earlier dim of the array took.
+      "embed" is assigned last and takes what the others left.
     """
 
     relaxed: bool = False
@@ -36,7 +40,7 @@ class AxisRules:
     kv_heads: Axes = ("tensor",)
     head_dim: Axes = ()
     mlp: Axes = ("tensor",)
-    # Experts, not their columns: a TPU gathers and scatters along the first axis of an array as it lies in memory.
+    # FSDP shards the experts dim, not `expert_embed`: a TPU gathers and scatters fastest along the major-most dim.
     expert: Axes = ("expert", "fsdp")
     expert_embed: Axes = ()
     gate_up: Axes = ()
@@ -45,13 +49,13 @@ class AxisRules:
     norm: Axes = ()
     # activations
     batch: Axes = _BATCH
-    attention_batch: Axes = _BATCH  # rows within attention, and of a cache
-    sample_batch: Axes = _BATCH  # rows where tokens are chosen
+    attention_batch: Axes = _BATCH  # rows in attention and in the cache
+    sample_batch: Axes = _BATCH  # rows in sampling
     length: Axes = ("context",)
     group: Axes = _BATCH
-    routed_group: Axes = ("data", "fsdp")  # token groups once the experts hold the expert axis
+    routed_group: Axes = ("data", "fsdp")  # token groups after the all-to-all, when "expert" shards the experts
     capacity: Axes = ()
-    slots: Axes = ()  # of a cache
+    slots: Axes = ()  # of the cache
     act_embed: Axes = ()
     act_expert: Axes = ("expert",)
     act_heads: Axes = ("tensor",)
@@ -60,7 +64,7 @@ class AxisRules:
     act_vocab: Axes = ("tensor",)
 
     def __getitem__(self, name: str) -> Axes:
-        """The mesh axes of one logical axis; ValueError for an unknown one."""
+        """The mesh axes of one logical axis; ValueError for an unknown name."""
         axes = getattr(self, name, None)
         if not isinstance(axes, tuple):
             known = ", ".join(name for name, axes in vars(self).items() if isinstance(axes, tuple))
@@ -69,9 +73,9 @@ class AxisRules:
 
 
 AXIS_RULES = AxisRules()
-# A step of decoding has few tokens, so that activations move and weights do not: each lies once on the devices that
-# share a part of the batch, whatever their axes are called. Only attention, as the cache, and the choice of tokens are
-# split by rows. The router is small, and a sum over all devices dear.
+# Decoding moves activations, never weights: each weight is sharded over every axis but `data`. Activations are sharded
+# by rows in attention (where the cache is) and in sampling only. The router is replicated: it is small, and an
+# all-reduce over all devices is expensive.
 DECODE_RULES = AxisRules(
     relaxed=True,
     vocab=_ALL_BUT_DATA,
@@ -88,14 +92,16 @@ DECODE_RULES = AxisRules(
     act_vocab=_ALL_BUT_DATA,
 )
 _rules: contextvars.ContextVar[AxisRules] = contextvars.ContextVar("axis_rules", default=AXIS_RULES)
-# Fewer than the devices of a tensor axis in the larger models, and small: what does not divide is replicated.
+# Key-value heads may be fewer than the devices of the tensor axis. They are small, so they are replicated then.
 _REPLICATED_WHERE_INDIVISIBLE = ("kv_heads", "act_kv_heads")
 
 
 @contextlib.contextmanager
 def axis_rules(rules: AxisRules) -> Iterator[None]:
-    """Other rules than `AXIS_RULES` within a `with` block, or within a function that this decorates. `jax.jit` does not
-    see them: decorate what is jitted."""
+    """Replaces `AXIS_RULES` inside a `with` block or inside a decorated function.
+
+    The rules are not part of `jax.jit`'s cache key: decorate the function that is jitted, not its caller.
+    """
     token = _rules.set(rules)
     try:
         yield
@@ -106,13 +112,15 @@ def axis_rules(rules: AxisRules) -> Iterator[None]:
 def partition_spec(
     names: Sequence[str | None], mesh: Mesh | AbstractMesh, shape: Sequence[int] | None = None
 ) -> PartitionSpec:
-    """The PartitionSpec of an array whose axes have these logical names (None: not split), by the rules in context.
+    """The PartitionSpec of an array whose dims have these logical names (None: not sharded), by the current rules.
 
-    Key-value heads that their mesh axes do not divide are replicated, where `shape` is given.
+    Args:
+      shape: of the array. Without it, divisibility is not checked. With it, key-value heads that the mesh axes do not
+        divide are replicated.
 
-    Raises (unless the rules are relaxed):
-      ValueError: an unknown name, two axes that want the same mesh axis, or (where `shape` is given) an axis whose
-        size its mesh axes do not divide.
+    Raises:
+      ValueError: an unknown name. Unless the rules are relaxed, also: two dims that use the same mesh axis, or a dim
+        that its mesh axes do not divide.
     """
     rules = _rules.get()
     owner: dict[str, str] = {}
@@ -138,7 +146,7 @@ def partition_spec(
 
 
 def _dividing(axes: Sequence[str], mesh: Mesh | AbstractMesh, size: int | None) -> Axes:
-    """Of these axes, in their order, those that divide what the ones before them leave of `size`; None: all."""
+    """The axes, in order, whose product still divides `size`; all of them where `size` is None."""
     kept: list[str] = []
     for axis in axes:
         if size is None or size % math.prod(mesh.shape[a] for a in (*kept, axis)) == 0:
@@ -152,25 +160,24 @@ def _divisors(size: int) -> str:
 
 
 def split_axes(name: str, size: int | None = None) -> Axes:
-    """The axes over which the mesh in context (`jax.set_mesh`) splits a logical axis (of this size); none without a
-    mesh."""
+    """The axes of the current mesh that shard a logical axis (of this size); empty without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return spec_axes(partition_spec((name,), mesh, None if size is None else (size,)))
 
 
 def spec_axes(spec: PartitionSpec) -> Axes:
-    """All mesh axes that a PartitionSpec splits an array over."""
+    """All mesh axes in a PartitionSpec."""
     return tuple(jax.tree.leaves(tuple(spec)))
 
 
 def num_parts(name: str, size: int | None = None) -> int:
-    """Into how many parts the mesh in context splits a logical axis (of this size); 1 without a mesh."""
+    """The number of shards of a logical axis (of this size) on the current mesh; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in split_axes(name, size))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """`x`, laid out over the mesh in context (`jax.set_mesh`) by its logical axes; `x` itself without a mesh."""
+    """`x` with a sharding constraint on the current mesh, from its logical axes; `x` itself without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -178,8 +185,8 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def named_shardings(boxed: Any, mesh: Mesh) -> Any:
-    """Tree of NamedShardings for a tree of flax `LogicallyPartitioned` weights (abstract ones do); leaves without
-    logical axes are replicated."""
+    """NamedShardings for a tree of flax `LogicallyPartitioned` weights, concrete or abstract; other leaves are
+    replicated."""
 
     def sharding(leaf: Any) -> NamedSharding:
         if not isinstance(leaf, nn.LogicallyPartitioned):
@@ -190,15 +197,18 @@ def named_shardings(boxed: Any, mesh: Mesh) -> Any:
 
 
 def split_over_replicas(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
-    """As `sharding`, and the largest part of an axis that `data` divides is split over it too; where there is none, the
-    copies stay. For what only an update of the weights reads (ZeRO-1, Rajbhandari et al. 2020)."""
-    copies = sharding.mesh.shape.get("data", 1)
+    """`sharding`, with the largest dim that `data` divides sharded over `data` as well.
+
+    For arrays that only the weight update reads: their replicas along `data` need no copy each (ZeRO-1, Rajbhandari et
+    al. 2020). `sharding` itself is returned where no dim divides.
+    """
+    replicas = sharding.mesh.shape.get("data", 1)
     spec = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
-    parts = sharding.shard_shape(tuple(shape))
-    dividing = [axis for axis, size in enumerate(parts) if size % copies == 0]
-    if copies == 1 or not dividing:
+    shard_shape = sharding.shard_shape(tuple(shape))
+    dividing = [dim for dim, size in enumerate(shard_shape) if size % replicas == 0]
+    if replicas == 1 or not dividing:
         return sharding
-    axis = max(dividing, key=lambda axis: parts[axis])
-    split = spec[axis] or ()
-    spec[axis] = (*((split,) if isinstance(split, str) else split), "data")
+    dim = max(dividing, key=lambda dim: shard_shape[dim])
+    split = spec[dim] or ()
+    spec[dim] = (*((split,) if isinstance(split, str) else split), "data")
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))

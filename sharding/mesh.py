@@ -13,16 +13,15 @@ from jax.sharding import AxisType, Mesh
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one axis may be -1: all devices that the others leave.
+    """The number of devices along each mesh axis. One axis may be -1: all devices that the other axes leave.
 
-    data: replicas of the weights, each with its share of the batch and of the optimiser's state (ZeRO-1); the axis that
-      spans slices.
-    fsdp: splits the batch and, along their embedding axis, the weights (ZeRO-3).
-    expert: splits the batch and the experts; tokens travel by all-to-all.
-    context: splits the sequence; queries stay, keys and values are gathered.
-    tensor: splits heads, MLP columns and vocabulary (Megatron).
-    topology: the slice that the sizes are chosen for, as `v5p:4x4x4`: what `qwen3-jax plan` compiles for. Runs take the
-      devices that are there.
+    data: replicates the weights; shards the batch and the optimiser's state (ZeRO-1). The axis that spans slices.
+    fsdp: shards the batch, and the weights along their embedding dim (ZeRO-3).
+    expert: shards the batch and the experts; tokens move by all-to-all.
+    context: shards the sequence; queries stay on their device, keys and values are all-gathered.
+    tensor: shards heads, MLP columns and vocabulary (Megatron).
+    topology: the slice that the sizes are meant for, such as `v5p:4x4x4`. `qwen3-jax plan` compiles for it; a run
+      ignores it and uses the devices of the machine.
     """
 
     data: int = 1
@@ -41,11 +40,11 @@ class MeshConfig:
 
     @property
     def axes(self) -> dict[str, int]:
-        """Devices along each axis, by its name, as they are given."""
+        """The number of devices along each axis, as configured, by the axis's name."""
         return {name: getattr(self, name) for name in ("data", "fsdp", "expert", "context", "tensor")}
 
     def sizes(self, num_devices: int) -> dict[str, int]:
-        """Axis sizes on `num_devices` devices, -1 resolved; ValueError where they do not multiply to that number."""
+        """Axis sizes on `num_devices` devices, with -1 resolved; ValueError unless their product is `num_devices`."""
         sizes = self.axes
         fixed = math.prod(size for size in sizes.values() if size != -1)
         for name, size in sizes.items():
@@ -62,18 +61,18 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all) with the axes of `MeshConfig`, laid out for the hardware.
+    """A mesh over `devices` (default: all) with the axes of `MeshConfig`, in an order that suits the hardware.
 
-    Of several slices `data` spans the slow network between them, and every other axis stays within a slice.
+    On several slices, `data` spans the slow network between them and every other axis stays within a slice.
 
     Raises:
-      ValueError: sizes that do not multiply to the devices, or a `data` axis that the slices do not divide.
+      ValueError: the product of the sizes is not the number of devices, or the slices do not divide the `data` axis.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
     auto = (AxisType.Auto,) * len(sizes)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    # An axis of the network may hold two of the mesh's, where no other way fits.
+    # allow_split_physical_axes: two mesh axes may share a dimension of the torus where there is no other assignment.
     if slices == 1:
         grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
         return Mesh(grid, tuple(sizes), axis_types=auto)

@@ -1,4 +1,4 @@
-"""Reading a released checkpoint straight to its place on the mesh."""
+"""Reading a checkpoint in Hugging Face's layout, shard by shard, onto a mesh."""
 
 from __future__ import annotations
 
@@ -28,20 +28,19 @@ def load_checkpoint(
     *,
     track: Callable[[Sequence[Leaf]], Iterable[Leaf]] = iter,
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """Reads `config.json` and the safetensors beside it; all is checked before the first weight is read.
+    """Reads `config.json` and the safetensors beside it. All names and shapes are checked before any weight is read.
 
-    Each process reads the slices that its own devices hold, one after the other: beyond what stays there, host memory
-    holds one device's share of one weight, and briefly the share before it and one tensor's part in it. Accepted are
-    the released names, and experts fused into `mlp.experts.gate_up_proj` and `mlp.experts.down_proj`.
-    `rotary_emb.inv_freq` is ignored; so is `lm_head.weight` of a model with tied embeddings (some released ones have
-    it), after a check that it equals the embedding table.
+    Each process reads only the slices of its own devices, one after another. Beyond the weights on CPU devices, host
+    memory holds one shard of one weight, and briefly the shard before it and one tensor's part of it. Accepted are the
+    released names, and experts fused into `mlp.experts.gate_up_proj` and `mlp.experts.down_proj`.
+    `rotary_emb.inv_freq` is ignored. `lm_head.weight` of a model with tied embeddings (some released files have it) is
+    ignored after a check that it equals the embedding table.
 
     Args:
       directory: holds config.json and either model.safetensors or model.safetensors.index.json with its files.
-      dtype: of the weights: float32, bfloat16 or float16; None keeps the files' (one that holds all parts exactly
-        where a stacked weight's parts differ).
-      mesh: where the weights go, each laid out by its logical axes and `sharding.axis_rules`; None is the default
-        device.
+      dtype: of the weights: float32, bfloat16 or float16. None keeps the files' dtype (where the parts of a stacked
+        weight differ, one that represents all of them exactly).
+      mesh: the weights are sharded over it by their logical axes and `sharding.axis_rules`; None is the default device.
       stacked: the layout of the layers, see `qwen3_jax.model.layout`.
       track: wraps the sequence of weights to be read, to show progress.
 
@@ -49,8 +48,8 @@ def load_checkpoint(
       The configuration and `params`, plain arrays.
 
     Raises:
-      ValueError: naming the first few of the tensors that are missing, unknown, of a wrong shape or of an element
-        type other than float32, bfloat16 and float16; truncated files; files that are not there.
+      ValueError: missing or truncated files; or tensors that are missing, unknown, of a wrong shape, or of an element
+        type other than float32, bfloat16 and float16. The first few are named.
     """
     directory = Path(directory)
     target = None if dtype is None else param_dtype(dtype)
@@ -87,7 +86,7 @@ def _find_tensors(directory: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files:
         if not (directory / file).is_file():
-            problems.append(f"{file} is named by the index and not there")
+            problems.append(f"{file} is listed in the index but does not exist")
             continue
         try:
             held = open_tensors(directory / file)
@@ -96,8 +95,8 @@ def _find_tensors(directory: Path) -> dict[str, Tensor]:
             continue
         if placed is not None:
             named = {name for name, place in placed.items() if place == file}
-            problems += [f"{name} is not in {file}, where the index places it" for name in sorted(named - held.keys())]
-            problems += [f"{name} is in {file}, unknown to the index" for name in sorted(held.keys() - named)]
+            problems += [f"{name} is not in {file}, where the index lists it" for name in sorted(named - held.keys())]
+            problems += [f"{name} is in {file}, but not in the index" for name in sorted(held.keys() - named)]
         tensors |= held
     problems += [
         f"{name} has elements of type {tensor.dtype} (one of {', '.join(DTYPES)} fits)"
@@ -144,30 +143,30 @@ def _refuse(directory: Path, problems: Sequence[str], shown: int = 5) -> None:
 
 
 def _read(leaf: Leaf, tensors: dict[str, Tensor], dtype: np.dtype[Any], spans: Spans) -> np.ndarray[Any, Any]:
-    """The part `spans` of a weight."""
+    """The slice `spans` of a weight."""
     out = np.empty([stop - start for start, stop in spans], dtype)
     inside = leaf.tensor_spans(spans)
     for index, name in leaf.tensors.items():
-        place = tuple(i - start for i, (start, _) in zip(index, spans, strict=False))
-        if all(0 <= i < size for i, size in zip(place, out.shape, strict=False)):
-            out[place] = tensors[name].read(inside).reshape(out.shape[leaf.lead :])
+        at = tuple(i - start for i, (start, _) in zip(index, spans, strict=False))
+        if all(0 <= i < size for i, size in zip(at, out.shape, strict=False)):
+            out[at] = tensors[name].read(inside).reshape(out.shape[leaf.lead :])
     return out
 
 
 def _place(leaf: Leaf, read: Callable[[Spans], np.ndarray[Any, Any]], mesh: Mesh | None) -> Any:
-    """The weight on its devices, read one share at a time; replicas share one reading."""
+    """The weight on its devices, read one shard at a time; a shard with several replicas is read once."""
     if mesh is None:
         return jax.device_put(read(tuple((0, size) for size in leaf.shape)))
     sharding = NamedSharding(mesh, partition_spec(leaf.axes, mesh, leaf.shape))
     devices: dict[Spans, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-        assert index is not None  # it is for devices of other processes
+        assert index is not None  # None only for devices of other processes
         spans = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
         devices.setdefault(spans, []).append(device)
     shards = [shard for spans, holders in devices.items() for shard in _put(read(spans), holders)]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
 
-def _put(share: np.ndarray[Any, Any], devices: Sequence[jax.Device]) -> list[jax.Array]:
-    # Waiting keeps transfers, each with its share on the host, from queueing up.
-    return jax.block_until_ready([jax.device_put(share, device) for device in devices])
+def _put(shard: np.ndarray[Any, Any], devices: Sequence[jax.Device]) -> list[jax.Array]:
+    # Wait: queued transfers would each hold their shard in host memory.
+    return jax.block_until_ready([jax.device_put(shard, device) for device in devices])

@@ -1,6 +1,6 @@
-"""Which tensors of the released files make up which of our weights: one table, read in both directions.
+"""The table of names: which tensors of the released files make up which weight of ours. Both directions use it.
 
-A weight of ours is its tensors reshaped (heads split off) and stacked (layers, experts), never transposed.
+One of our weights is its tensors reshaped (heads as a dim of their own) and stacked (layers, experts), not transposed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qwen3_jax.hf.tensor_file import Spans, Tensor
 from qwen3_jax.model import Qwen3
 from qwen3_jax.model.layout import layer_name, run_name
 
-# Our path, the layer's own name replaced by "layer", to the released name.
+# Our path, with "layer" for the layer's name, to the released name.
 _TENSORS = {
     "embed_tokens": "model.embed_tokens.weight",
     "norm": "model.norm.weight",
@@ -41,19 +41,18 @@ _MOE_TENSORS = _TENSORS | {
     "layer/mlp/down_proj": "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
 }
 _GATE_UP = ("gate_proj", "up_proj")
-# The other spelling of experts: all of a layer in one [E, rows, columns] tensor, gate's rows before up's.
+# transformers 5 stores all experts of a layer in one tensor [E, rows, columns], gate's rows before up's.
 _FUSED = {"gate_up_proj": _GATE_UP, "down_proj": ("down_proj",)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One of our weights and where its content lies in the released files.
+    """One of our weights, and the tensors of the released files that make it up.
 
     path: of the weight in `params`.
     shape: of the weight.
     axes: its logical axes.
-    tensors: index along the leading axes (layers, experts, gate and up; `()` where there are none) -> name of the
-      tensor there.
+    tensors: index along the leading dims (layers, experts, gate and up; `()` without leading dims) -> tensor name.
     """
 
     path: tuple[str, ...]
@@ -63,20 +62,21 @@ class Leaf:
 
     @property
     def lead(self) -> int:
-        """Number of leading axes."""
+        """Number of leading dims."""
         return len(next(iter(self.tensors)))
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """Shape of each of the tensors."""
+        """Shape of each tensor."""
         return tuple(stop for _, stop in self.tensor_spans(tuple((0, size) for size in self.shape)))
 
     def tensor_spans(self, spans: Spans) -> Spans:
-        """The part of each tensor that makes up the part `spans` of the weight: heads are rows or columns there."""
+        """The slice of each tensor that corresponds to the slice `spans` of the weight. In a tensor, the dims of heads
+        and head_dim are merged into rows or columns."""
         merged: list[tuple[int, int]] = []
         for axis, size, span in list(zip(self.axes, self.shape, spans, strict=True))[self.lead :]:
             if axis == "head_dim":
-                assert span == (0, size)  # no mesh splits it
+                assert span == (0, size)  # no rule shards head_dim
                 merged[-1] = (merged[-1][0] * size, merged[-1][1] * size)
             else:
                 merged.append(span)
@@ -86,7 +86,7 @@ class Leaf:
 def model_leaves(config: ModelConfig, stacked: bool) -> list[Leaf]:
     """All weights of a model, in the stacked or the per-layer layout."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    # Stacked layers are traced once whatever their number. No mesh: one token would not divide over its devices.
+    # Always traced stacked: a run of layers is traced once. Without a mesh: the devices do not divide one token.
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         boxed = jax.eval_shape(Qwen3(config, stacked=True).init, jax.random.key(0), tokens)["params"]
     runs = {run_name(start, stop): range(start, stop) for start, stop in config.layer_runs}
@@ -120,7 +120,7 @@ def _leaf(
 
 
 def unfuse_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under their released names, fused experts cut into one tensor each."""
+    """Tensors under their released names; a tensor of fused experts becomes one tensor per expert."""
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         prefix, _, last = name.rpartition(".")

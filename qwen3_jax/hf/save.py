@@ -1,4 +1,4 @@
-"""Writing weights as a released checkpoint, which transformers loads."""
+"""Writing a checkpoint in Hugging Face's layout, which transformers loads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from qwen3_jax.model.layout import is_stacked
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One tensor to be written: its name and shape, and where it lies in `params`."""
+    """One tensor to be written: its name and shape, and its path and leading indices in `params`."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,17 +47,17 @@ def save_checkpoint(
     *,
     track: Callable[[Sequence[Part]], Iterable[Part]] = iter,
 ) -> None:
-    """Writes `config.json` and safetensors under the released names; `directory` appears when all is written.
+    """Writes `config.json` and safetensors under the released names. `directory` appears when all files are written.
 
-    The host holds the tensors of one file at a time, hence the modest `max_shard_bytes`. With several processes, all
-    must call this, and the first one writes.
+    Host memory holds the tensors of one file at a time, so `max_shard_bytes` bounds it. A collective: all processes
+    must call this, and process 0 writes.
 
     Args:
       directory: must not exist, or be empty.
       config: of the model.
       params: its weights in either layout, boxed or plain, sharded or not.
-      dtype: of the tensors: float32, bfloat16 or float16; None keeps that of the weights, which must then be one.
-      max_shard_bytes: of tensors in one file; with more than that in all, there are several files and an index.
+      dtype: of the tensors: float32, bfloat16 or float16. None keeps the dtype of the weights, if all have the same.
+      max_shard_bytes: maximum bytes of tensors in one file. More bytes in total make several files and an index.
       track: wraps the sequence of tensors to be written, to show progress.
 
     Raises:
@@ -73,7 +73,7 @@ def save_checkpoint(
     parts = [Part(name, leaf.tensor_shape, leaf.path, at) for leaf in leaves for at, name in leaf.tensors.items()]
     parts.sort(key=lambda part: [int(word) if word.isdigit() else word for word in part.name.split(".")])
     tensors = (
-        # The library writes memory as it lies, so it must lie in C order.
+        # "C": safetensors writes the buffer of an array, whatever its strides are.
         (part.name, _to_host(flat[part.path], part.index).reshape(part.shape).astype(target, "C", copy=False))
         for part in track(parts)
     )
@@ -82,14 +82,14 @@ def save_checkpoint(
             _write_files(partial, parts, target.itemsize, tensors, max_shard_bytes)
             _write_json(partial / "config.json", {**config.to_hf(), "torch_dtype": target.name})
     else:
-        for _ in tensors:  # gathering a tensor takes all processes
+        for _ in tensors:  # `_to_host` is a collective
             pass
     multihost_utils.sync_global_devices("hf.save_checkpoint")
 
 
 @contextmanager
 def new_directory(directory: str | Path) -> Iterator[Path]:
-    """A directory to fill, beside `directory` and renamed to it at the end; nothing is left of it after an exception.
+    """A temporary directory beside `directory`, renamed to it at the end of the block and deleted on an exception.
 
     Raises:
       ValueError: `directory` exists and is not an empty directory.
@@ -123,9 +123,10 @@ def _to_host(x: Any, index: tuple[int, ...]) -> np.ndarray[Any, Any]:
     """`x[index]` of an array on the host or, however sharded, on devices."""
     if isinstance(x, np.ndarray):
         return x[index]
-    whole = NamedSharding(x.sharding.mesh, PartitionSpec()) if isinstance(x.sharding, NamedSharding) else x.sharding
-    # A jax.Array keeps its copy on the host as long as it lives; that of the slice ends with it.
-    return np.asarray(_slice(x, index, whole))
+    sharding = x.sharding
+    replicated = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
+    # Slice on the device: a jax.Array caches its host copy, so np.asarray(x) would hold all of `x` in host memory.
+    return np.asarray(_slice(x, index, replicated))
 
 
 @functools.partial(jax.jit, static_argnames="sharding")
@@ -140,8 +141,8 @@ def _write_files(
     tensors: Iterator[tuple[str, np.ndarray[Any, Any]]],
     max_shard_bytes: int,
 ) -> None:
-    """The tensors in as few files as their order and `max_shard_bytes` allow, and the index where that is several."""
-    counts, sizes = [0], [0]  # of the tensors in each file
+    """Writes the tensors in order, in as few files as `max_shard_bytes` allows, and an index for several files."""
+    counts, sizes = [0], [0]  # number and bytes of the tensors in each file
     for part in parts:
         size = math.prod(part.shape) * itemsize
         if counts[-1] and sizes[-1] + size > max_shard_bytes:
@@ -155,7 +156,7 @@ def _write_files(
         held = dict(itertools.islice(tensors, count))
         save_file(held, directory / file, metadata={"format": "pt"})
         placed |= dict.fromkeys(held, file)
-        del held  # before the next file's are gathered
+        del held  # free the memory before the next file's tensors are gathered
     if len(counts) > 1:
         _write_json(directory / INDEX_FILE, {"metadata": {"total_size": sum(sizes)}, "weight_map": placed})
 

@@ -1,4 +1,4 @@
-"""The tensors of a safetensors file, as the safetensors package gives them: known at once, read slice by slice."""
+"""The tensors of a safetensors file: names and shapes are read at once, contents slice by slice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Spans = tuple[tuple[int, int], ...]
 
 
 def param_dtype(name: Any) -> np.dtype[Any]:
-    """The dtype of this name; ValueError unless a checkpoint can hold it."""
+    """The dtype of this name; ValueError unless it is in `DTYPES`."""
     try:
         dtype = jnp.dtype(name)
     except TypeError:
@@ -35,13 +35,13 @@ def param_dtype(name: Any) -> np.dtype[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of an open file, or a piece of one: some rows of one expert.
+    """A tensor of an open file, or a part of one: some rows of one expert.
 
-    source: the whole tensor in the file, which stays open as long as this lives.
-    dtype: name of its element type in the format.
-    shape: of the tensor, or of the piece.
-    expert: of a piece: index of its expert along the leading axis of the whole; `()` where this is the whole.
-    first_row: of a piece.
+    source: the safetensors slice of the complete tensor. It keeps the file open.
+    dtype: name of the element type in the format.
+    shape: of the tensor, or of the part.
+    expert: of a part: index of the expert along the leading dim of the tensor; `()` for a complete tensor.
+    first_row: of a part.
     """
 
     source: Any
@@ -51,17 +51,17 @@ class Tensor:
     first_row: int = 0
 
     def read(self, spans: Spans) -> np.ndarray[Any, Any]:
-        """The part `spans`; nothing else of the file is read."""
+        """The slice `spans`; nothing else of the file is read."""
         (start, stop), *others = spans
         rows = slice(self.first_row + start, self.first_row + stop)
         return self.source[(*self.expert, rows, *(slice(*span) for span in others))]
 
 
 def open_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name; ValueError unless header and size of the file fit together."""
+    """The tensors of a file by name; ValueError where the header is invalid or does not match the file's size."""
     try:
         handle = safe_open(file, framework="np")
     except SafetensorError as error:
-        raise ValueError(f"{file.name} is no sound safetensors file ({error})") from None
+        raise ValueError(f"{file.name} is not a valid safetensors file ({error})") from None
     sources = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (the handle is no mapping)
     return {name: Tensor(source, source.get_dtype(), tuple(source.get_shape())) for name, source in sources.items()}

@@ -1,4 +1,4 @@
-"""Products and look-ups, as fast as each backend has them.
+"""Matrix products and embedding look-ups, in the form that is fastest on each backend.
 
 Shapes: B batch, T tokens, D inputs, F outputs, V vocabulary.
 """
@@ -14,12 +14,12 @@ from qwen3_jax.ops import cpu
 
 
 def linear(x: jax.Array, weight: jax.Array, *, inputs: int = 1, dtype: jnp.dtype | None = None) -> jax.Array:
-    """`weight` [out..., in...] times `x` [B, T, in...]: [B, T, out...], where `in...` are the last `inputs` axes.
+    """`weight` [out..., in...] times `x` [B, T, in...]: [B, T, out...], where `in...` are the last `inputs` dims.
 
     Args:
-      dtype: of the result; None takes x's, in which the product is taken.
+      dtype: of the result; None is x's dtype. Inputs are multiplied in x's dtype.
     """
-    # Weights of two axes: with three, XLA's CPU backend transposes them before each loop.
+    # Two-dim weights: XLA's CPU backend transposes three-dim ones before each loop.
     outputs = weight.shape[: weight.ndim - inputs]
     weight_FD = weight.reshape(math.prod(outputs), -1).astype(x.dtype)
     x_BTD = x.reshape(*x.shape[:2], -1)

@@ -1,7 +1,7 @@
-"""Grouped-query attention (Ainslie et al. 2023): of whole sequences, and of new tokens over a cache.
+"""Grouped-query attention (Ainslie et al. 2023): over complete sequences, and of new tokens over a cache.
 
-Whole sequences, in training and in prefill, take the splash kernel on a TPU, cuDNN's on a GPU, and blocks of plain XLA
-on a CPU; on a mesh each device attends for its rows, its heads and its part of the sequences.
+Complete sequences (training and prefill) use the splash kernel on a TPU, cuDNN on a GPU, and blocks of plain XLA on a
+CPU. On a mesh each device computes its own rows, heads and queries.
 
 Shapes: B batch, T queries, S keys, N query heads, K key-value heads, G = N / K queries per key-value head, H head_dim.
 """
@@ -21,19 +21,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qwen3_jax.ops import cpu, zigzag
 from sharding import num_parts, partition_spec
 
-_LEAST_BLOCK, _MOST_BLOCKS = 128, 8  # of queries, on a CPU
-_LANES, _SPLASH_BLOCK = 128, 1024  # what a TPU's tiles hold; queries and keys of one step of the kernel
+_MIN_BLOCK, _MAX_BLOCKS = 128, 8  # queries per block and blocks per sequence, on a CPU
+_LANES, _SPLASH_BLOCK = 128, 1024  # lanes of a TPU tile; maximum queries and keys per block of the kernel
 
 
 def causal_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-    """Attention of each token to those of its own segment up to itself; [B, T, N, H] in q's dtype.
+    """Attention of each token to the tokens of its own segment up to itself; [B, T, N, H] in q's dtype.
 
-    Where the mesh splits sequences (`context`), all four arrays are in zig-zag order, see `ops.zigzag`.
+    Where the mesh shards sequences (axis `context`), all four arrays are in zig-zag order, see `ops.zigzag`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     heads, kv_heads = q_BTNH.shape[2], k_BTKH.shape[2]
     parts, head_parts = num_parts("length"), num_parts("act_heads", heads)
-    if kv_heads % head_parts:  # each device gets those of its own queries
+    if kv_heads % head_parts:  # repeat key-value heads, so that each device gets the ones of its own queries
         copies = head_parts // math.gcd(kv_heads, head_parts)
         k_BTKH, v_BTKH = (jnp.repeat(x, copies, axis=2) for x in (k_BTKH, v_BTKH))
     kernel = _splash_kernel(heads // head_parts, q_BTNH.shape[1], parts)
@@ -58,13 +58,13 @@ def _local_attention(
     segment_ids_BT: jax.Array,
     parts: int,
 ) -> jax.Array:
-    """That of one device: its queries over the keys of all `parts` of the sequences."""
+    """Attention on one device: its queries over the keys of all `parts` shards of the sequence."""
     k_BSKH, v_BSKH, keys_BS = (zigzag.gather_sequence(x, parts) for x in (k_BTKH, v_BTKH, segment_ids_BT))
     inputs = q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, keys_BS
     platforms: dict[str, Any] = {}
     if kernel is not None:
         platforms["tpu"] = functools.partial(splash_attention, kernel)
-    # Named on a GPU alone: elsewhere jax.nn refuses even to trace it.
+    # Added on a GPU only: on other backends jax.nn raises while tracing it.
     if jax.default_backend() == "gpu" and parts == 1 and q_BTNH.dtype == jnp.bfloat16:
         platforms["cuda"] = _cudnn_attention
     return jax.lax.platform_dependent(*inputs, **platforms, default=functools.partial(plain_attention, parts=parts))
@@ -73,13 +73,16 @@ def _local_attention(
 def plain_attention(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries_BT: jax.Array, keys_BS: jax.Array, *, parts: int
 ) -> jax.Array:
-    """In XLA's own operations, scores and softmax in float32. `queries_BT`, `keys_BS`: segment ids."""
+    """Attention in plain XLA; scores and softmax in float32. `queries_BT`, `keys_BS`: segment ids.
+
+    Each block of queries computes scores for the keys up to its end only, which saves almost half of the work.
+    """
     if parts > 1:
         q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], k_BSKH.shape[2], -1, q_BTNH.shape[-1])
         return zigzag.attend_pairs(q_BTKGH, k_BSKH, v_BSKH, queries_BT, keys_BS, parts).reshape(q_BTNH.shape)
     length = q_BTNH.shape[1]
     mask_BTS = (queries_BT[:, :, None] == keys_BS[:, None, :]) & jnp.tril(jnp.ones((length, length), bool))
-    block = max(_LEAST_BLOCK, -(-length // _MOST_BLOCKS))
+    block = max(_MIN_BLOCK, -(-length // _MAX_BLOCKS))
     k_BKHS, v_BKSH = k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3)
     out = []
     for start in range(0, length, block):
@@ -90,7 +93,8 @@ def plain_attention(
 
 
 def _splash_kernel(heads: int, length: int, parts: int) -> splash.SplashAttentionKernel | None:
-    """The causal kernel for one device's heads and sequences of `length`; None where tiles do not fit it."""
+    """The causal kernel for one device's heads and sequences of `length`; None where no block size of at least
+    `_LANES` divides a shard of the sequence."""
     block = math.gcd(length // parts, _SPLASH_BLOCK)
     if block % _LANES:
         return None
@@ -121,7 +125,7 @@ def splash_attention(
     queries_BT: jax.Array,
     keys_BS: jax.Array,
 ) -> jax.Array:
-    """By JAX's block-sparse flash kernel for TPUs."""
+    """Attention by JAX's block-sparse flash kernel for TPUs."""
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BTNH * q_BTNH.shape[-1] ** -0.5, k_BSKH, v_BSKH))
     out_BNTH: Any = jax.vmap(kernel)(q, k, v, splash.SegmentIds(queries_BT, keys_BS))
     return out_BNTH.transpose(0, 2, 1, 3)
@@ -142,10 +146,12 @@ def attention_before_write(
     mask_BTS: jax.Array,
     slot: jax.Array,
 ) -> jax.Array:
-    """Attention of new tokens to a cache that they are not in yet, and to each other; [B, T, N, H].
+    """Attention of new tokens to the cache before they are written to it, and to each other; [B, T, N, H].
+
+    The softmax runs over two parts, old slots and new tokens, so that no copy of the cache with the new tokens is made.
 
     Args:
-      mask_BTS: what each may look at once they are in the cache, at `slot` and after.
+      mask_BTS: the slots each token may attend to once the new tokens are in slots `slot` .. `slot + T - 1`.
     """
     length, (k_BKHS, v_BKSH) = q_BTNH.shape[1], cached
     slots_S = jnp.arange(mask_BTS.shape[-1])
@@ -158,8 +164,8 @@ def attention_before_write(
         (k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3), new_BTT),
     ]
     scores = [_scores(q_BKGTH, k_BKHS, mask_BTS) for k_BKHS, _, mask_BTS in parts]
-    most = functools.reduce(jnp.maximum, (score.max(axis=-1, keepdims=True) for score in scores))
-    weights = [jnp.exp(score - most) for score in scores]
+    largest = functools.reduce(jnp.maximum, (score.max(axis=-1, keepdims=True) for score in scores))
+    weights = [jnp.exp(score - largest) for score in scores]
     total = sum(weight.sum(axis=-1, keepdims=True) for weight in weights)
     out_BKGTH = sum(
         jnp.einsum("BKGTS,BKSH->BKGTH", (weight / total).astype(dtype), v_BKSH, preferred_element_type=jnp.float32)
@@ -169,7 +175,7 @@ def attention_before_write(
 
 
 def attention(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Attention of each query to the keys its mask shows; [B, T, N, H] in q's dtype. Scores and softmax in float32."""
+    """Attention of each query to its unmasked keys; [B, T, N, H] in q's dtype. Scores and softmax in float32."""
     length, q_BKGTH = q_BTNH.shape[1], _grouped(q_BTNH, k_BKHS.shape[1])
 
     def on_cpu(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -188,7 +194,7 @@ def _attend(q_BKGTH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: 
 
 def _scores(q_BKGTH: jax.Array, k_BKHS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     scores = jnp.einsum("BKGTH,BKHS->BKGTS", q_BKGTH, k_BKHS, preferred_element_type=jnp.float32)
-    # A large finite number, not -inf: a padding query that may look nowhere then stays finite.
+    # The smallest finite number, not -inf: with -inf, a padding query without any unmasked key would give NaN.
     return jnp.where(mask_BTS[:, None, None], scores * q_BKGTH.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
 
 

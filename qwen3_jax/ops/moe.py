@@ -1,14 +1,14 @@
 """Mixture of experts: router, dense einsum dispatch with capacity, dropless and exact modes (report, section 2).
 
-Departures from GShard (Lepikhin et al. 2020), whose dispatch this is:
-1. An expert's places go to tokens in their order, not to all first choices before all second ones: whether a token is
-   dropped then depends on earlier tokens only, as everything else in a causal model does.
-2. Gate weights are not renormalised after a drop: the dropped expert's share is missing, the others' are unchanged.
+The dispatch is GShard's (Lepikhin et al. 2020), with two departures:
+1. An expert's slots are filled in the order of the tokens, not with all first choices before all second choices.
+   Whether a token is dropped then depends on earlier tokens only, as everything in a causal model must.
+2. Gate weights are not renormalised after a drop. The dropped expert's share is missing; the others are unchanged.
 
-Shapes: B batch, T tokens, G groups, S tokens of a group, E experts, K experts per token, C places of an expert for one
-group, P = C * G, N tokens of all rows, R (token, choice) pairs, D hidden_size, F moe_intermediate_size, J = 2 F.
-Inside `moe_layer` these are one device's. Gate and up are one table, [E, 2, F, D]: one product in place of two, and
-fewer and larger collectives.
+Shapes: B batch, T tokens, G groups, S tokens of a group, E experts, K experts per token, C slots of an expert for one
+group (its capacity), P = C * G, N tokens of all rows, R (token, expert) pairs, D hidden_size, F moe_intermediate_size,
+J = 2 F. Inside `moe_layer` the sizes are those of one device. The gate and up projections are one table [E, 2, F, D]:
+one product instead of two, and fewer, larger collectives.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from sharding import partition_spec, spec_axes, split_axes
 Dispatch = Callable[..., tuple[jax.Array, jax.Array]]
 Experts = tuple[jax.Array, jax.Array]  # gate_up_E2FD, down_EDF
 ROUTER_AXES = ("router", "router_embed")
-_LANES = 128  # of a TPU's tiles, and the rows that a tile of a kernel holds
+_LANES = 128  # lanes of a TPU tile; the kernels need a number of rows that this divides
 EXPERT_AXES = (("expert", "gate_up", "mlp", "expert_embed"), ("expert", "expert_embed", "mlp"))
 
 
 @struct.dataclass
 class RouterStats:
-    """What one router did with each row of a batch, as sums, so that rows and batches add up exactly. Padding is left
-    out.
+    """Statistics of one router for each row of a batch. They are sums without padding, so that rows, devices and
+    micro-batches add up exactly.
 
-    counts_BE: (token, choice) pairs sent to each expert, before any drop.
-    prob_sum_BE: softmax probabilities summed over tokens; the balance loss has its gradient from here.
-    z_sum_B: squared logsumexp of the logits summed over tokens; the z-loss has its gradient from here.
+    counts_BE: (token, expert) pairs routed to each expert, before any drop.
+    prob_sum_BE: softmax probabilities summed over tokens; the gradient of the balance loss flows through it.
+    z_sum_B: squared logsumexp of the logits summed over tokens; the gradient of the z-loss flows through it.
     entropy_sum_B: entropy of the softmax in nats, summed over tokens.
-    dropped_B: pairs that found no place.
+    dropped_B: pairs that were dropped, their expert's slots being full.
     tokens_B: tokens routed.
     """
 
@@ -58,7 +58,7 @@ class RouterStats:
 
 def router_logits(x_BTD: jax.Array, router_ED: jax.Array) -> jax.Array:
     """[B, T, E] float32."""
-    # HIGHEST: a TPU would otherwise multiply float32 in one bfloat16 pass, and near ties would route differently.
+    # HIGHEST: by default a TPU multiplies float32 in one bfloat16 pass, and near ties would be routed differently.
     x_BTD, router_ED = x_BTD.astype(jnp.float32), router_ED.astype(jnp.float32)
     return jnp.einsum("BTD,ED->BTE", x_BTD, router_ED, precision=jax.lax.Precision.HIGHEST)
 
@@ -106,8 +106,8 @@ def moe_layer(
 ) -> tuple[jax.Array, RouterStats]:
     """Router and experts, `([B, T, D], stats)`; `dispatch` is `moe_capacity` or `moe_ragged` with its settings.
 
-    On a mesh all of it is one `shard_map`: a device routes its own tokens, so that nothing but the tokens sent to
-    experts and the weights ever moves. The tokens of a row that a device holds are whole groups.
+    On a mesh this is one `shard_map`: each device routes its own tokens, so that only weights and the tokens sent to
+    experts are communicated. A device holds complete groups: `group_size` divides its tokens of a row.
     """
     local = functools.partial(_moe_local, top_k=top_k, norm_topk_prob=norm_topk_prob, dispatch=dispatch)
     mesh = jax.sharding.get_abstract_mesh()
@@ -130,38 +130,45 @@ def _moe_local(
     norm_topk_prob: bool,
     dispatch: Dispatch,
 ) -> tuple[jax.Array, RouterStats]:
-    """`moe_layer` on one device: tokens of its own, its part of the weights."""
-    gate_up_E2FD, down_EDF = (_for_own_tokens(table, names) for table, names in zip(experts, EXPERT_AXES, strict=True))
-    logits_BTE = router_logits(x_BTD, _gathered(_for_own_tokens(router_ED, ROUTER_AXES), ROUTER_AXES))
+    """`moe_layer` on one device, with its own tokens and its shards of the weights."""
+    gate_up_E2FD, down_EDF = (_sum_gradient(table, names) for table, names in zip(experts, EXPERT_AXES, strict=True))
+    logits_BTE = router_logits(x_BTD, _all_gather_fsdp(_sum_gradient(router_ED, ROUTER_AXES), ROUTER_AXES))
     gates_BTE, chosen_BTE, stats = route(logits_BTE, top_k, norm_topk_prob, valid_BT)
-    # Here and not where tokens meet weights: the gradient is then summed over the axis for D numbers a token, not K D.
+    # The transpose of `_vary` is an all-reduce over `tensor`. Placed here it adds up D numbers a token; after the
+    # dispatch it would be K * D.
     x_BTD = _vary(x_BTD, split_axes("mlp"))
-    x_BTD, gate_up_E2FD = _leave_together((x_BTD, gate_up_E2FD))
-    experts = _gathered(gate_up_E2FD, EXPERT_AXES[0]), _gathered(down_EDF, EXPERT_AXES[1])
+    x_BTD, gate_up_E2FD = _join_gradients((x_BTD, gate_up_E2FD))
+    experts = _all_gather_fsdp(gate_up_E2FD, EXPERT_AXES[0]), _all_gather_fsdp(down_EDF, EXPERT_AXES[1])
     out_BTD, dropped_B = dispatch(x_BTD, gates_BTE, chosen_BTE, experts)
     out_BTD = jax.lax.psum(out_BTD, split_axes("mlp"))
     stats = dataclasses.replace(stats, dropped_B=dropped_B)
+    # With a context axis each device saw a part of every row: this psum makes the sums those of the complete rows.
     return out_BTD, jax.tree.map(lambda sum_B: jax.lax.psum(sum_B, split_axes("length")), stats)
 
 
-def _for_own_tokens(weight: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """A weight with these logical axes; its gradient is here summed over those that split tokens and not the weight."""
-    split = [axis for name in names for axis in split_axes(name)]
-    return _vary(weight, tuple(axis for axis in split_axes("batch") + split_axes("length") if axis not in split))
+def _sum_gradient(weight: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """`weight`, with logical axes `names`. Its gradient is summed here over the mesh axes that shard tokens and do not
+    shard the weight. (Over the FSDP axes, the transpose of the all-gather sums it.)"""
+    own = [axis for name in names for axis in split_axes(name)]
+    return _vary(weight, tuple(axis for axis in split_axes("batch") + split_axes("length") if axis not in own))
 
 
 @jax.custom_vjp
-def _leave_together(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """`xs`; backward, no gradient is used before all are there. The largest table's is then scattered while those of
-    the rest of the layer are computed: by itself XLA:TPU does that last, and waits with nothing left beside it."""
+def _join_gradients(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """`xs`. In the backward pass no gradient of them is used before all are computed.
+
+    The gradient of the largest table is therefore computed early, and its reduce-scatter overlaps the rest of the
+    layer's backward pass. XLA:TPU would schedule it last, with no computation left to hide it.
+    """
     return xs
 
 
-_leave_together.defvjp(lambda xs: (xs, None), lambda _, grads: (jax.lax.optimization_barrier(grads),))
+_join_gradients.defvjp(lambda xs: (xs, None), lambda _, grads: (jax.lax.optimization_barrier(grads),))
 
 
-def _gathered(weight: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """A weight whole but for what the axes "expert" and "tensor" of the mesh split; its gradient is scattered."""
+def _all_gather_fsdp(weight: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """`weight` all-gathered over the FSDP axes; still sharded over `expert` and `tensor`. The transpose is a
+    reduce-scatter of the gradient."""
     axes = split_axes("embed")
     if not axes:
         return weight
@@ -170,25 +177,35 @@ def _gathered(weight: jax.Array, names: tuple[str, ...]) -> jax.Array:
 
 
 def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """`x`, from here on taken to differ along these mesh axes: its gradient is summed over them here."""
+    """`x`, marked as varying over these mesh axes; the transpose sums the gradient over them."""
     return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
 def expert_capacity(group_size: int, num_experts: int, top_k: int, capacity_factor: float) -> int:
-    """Places per expert and group: ceil(S * K / E * capacity_factor), at most S."""
+    """Slots per expert and group: ceil(S * K / E * capacity_factor), at most S."""
     return min(group_size, math.ceil(group_size * top_k / num_experts * capacity_factor))
 
 
 def dispatch_mask(chosen_GSE: jax.Array, capacity: int) -> jax.Array:
-    """[G, S, E, C] bool: token s of group g sits at place c of expert e. Tokens beyond the capacity are dropped."""
-    # A running sum, as a product: exact, being of zeros and ones, and on a TPU faster than a sum.
+    """[G, S, E, C] bool: token s of group g is in slot c of expert e. Tokens beyond the capacity are dropped.
+
+    For one expert with C = 2, chosen by tokens 0, 2 and 3 of a group of four:
+
+        chosen  slot   mask over c = 0, 1
+        1       0      1 0
+        0       0      0 0    not chosen
+        1       1      0 1
+        1       2      0 0    dropped: no slot 2
+    """
+    # A cumulative sum written as a product with a triangle of ones, which is faster on a TPU. It is exact: the terms
+    # are 0 and 1, and float32 holds every integer up to 2**24.
     up_to_ST = jnp.tri(chosen_GSE.shape[1], dtype=jnp.float32)
-    place_GSE = jnp.einsum("ST,GTE->GSE", up_to_ST, chosen_GSE.astype(jnp.float32)).astype(jnp.int32) - 1
-    return (place_GSE[..., None] == jnp.arange(capacity)) & chosen_GSE[..., None]
+    slot_GSE = jnp.einsum("ST,GTE->GSE", up_to_ST, chosen_GSE.astype(jnp.float32)).astype(jnp.int32) - 1
+    return (slot_GSE[..., None] == jnp.arange(capacity)) & chosen_GSE[..., None]
 
 
 def expert_swiglu(x_EPD: jax.Array, gates_EP: jax.Array, experts: Experts) -> jax.Array:
-    """Each expert's SwiGLU on its own tokens, times their gates; [E, P, D]."""
+    """Each expert's SwiGLU on the tokens in its slots, times their gates; [E, P, D]."""
     gate_up_E2FD, down_EDF = experts
     inner_EPJ = checkpoint_name(jnp.einsum("EPD,EJD->EPJ", x_EPD, _joined(gate_up_E2FD)), "mlp")
     gate_EPF, up_EPF = jnp.split(inner_EPJ, 2, axis=-1)
@@ -210,7 +227,8 @@ def _plain_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def _swiglu_bwd(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Kept whole: a CPU would otherwise compute them again, transposed and number by number, for the weights' gradients.
+    # The barrier makes XLA store both gradients. Without it, the CPU backend fuses them into the weights' gradients:
+    # they are then recomputed there element by element, in transposed order.
     return jax.lax.optimization_barrier(jax.vjp(_plain_swiglu, *saved)[1](grad))
 
 
@@ -226,9 +244,9 @@ def moe_capacity(
     capacity: int,
     group_size: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Dense einsum dispatch: `([B, T, D], pairs dropped of each row)`. `group_size` must divide T.
+    """Dense einsum dispatch: `([B, T, D], number of dropped pairs per row)`. `group_size` must divide T.
 
-    Inside `moe_layer` on a mesh, `experts` are this device's and tokens travel to the others' by all-to-all.
+    Inside `moe_layer` on a mesh, `experts` are this device's; tokens reach the experts of other devices by all-to-all.
     """
     batch, length, width = x_BTD.shape
     num_experts = gates_BTE.shape[-1]
@@ -238,28 +256,28 @@ def moe_capacity(
     chosen_GSE = chosen_BTE.reshape(groups, group_size, num_experts)
     over_GE = jnp.maximum(chosen_GSE.sum(axis=1, dtype=jnp.float32) - capacity, 0)
     dispatch_GSEC = dispatch_mask(chosen_GSE, capacity).astype(x_BTD.dtype)
-    x_EPD = checkpoint_name(_to_experts(_to_places(dispatch_GSEC, x_GSD)), "dispatch")
-    # Weighted at their places, not by a mask of weights, and before the last product: its result is then needed no
-    # more in the backward pass.
+    x_EPD = checkpoint_name(_to_experts(_to_slots(dispatch_GSEC, x_GSD)), "dispatch")
+    # Gates multiply the slots, before the down projection. With a combine mask of gates after it (as in GShard), the
+    # gates' gradient would need the down projection's output, to be stored or recomputed in the backward pass.
     gates_ECG = jnp.einsum("GSEC,GSE->ECG", dispatch_GSEC, gates_GSE)
     gates_EP = _to_experts(gates_ECG.reshape(num_experts, -1))
     y_EPD = _from_experts(expert_swiglu(x_EPD, gates_EP, experts))
-    y_GSD = _from_places(dispatch_GSEC, y_EPD)
+    y_GSD = _from_slots(dispatch_GSEC, y_EPD)
     return y_GSD.reshape(x_BTD.shape), over_GE.reshape(batch, -1).sum(axis=1)
 
 
-# Each of the two is the other's transpose. Said here, it is computed in the same order of axes: by its own rule, jax
-# would transpose the larger operand first. An expert's places of all groups then become one axis, the groups inside:
-# a TPU multiplies two long axes, and C alone would not fill its tiles.
+# `_gather` and `_scatter` are linear and transposes of each other. Registering the pair avoids JAX's rule, which would
+# transpose the larger operand. The slots of all groups form one dim P, groups innermost: a TPU multiplies two long dims
+# best, and C alone would not fill its tiles.
 
 
-def _to_places(dispatch_GSEC: jax.Array, x_GSD: jax.Array) -> jax.Array:
-    """[E, P, D]: at each place its token, zeros where there is none."""
+def _to_slots(dispatch_GSEC: jax.Array, x_GSD: jax.Array) -> jax.Array:
+    """[E, P, D]: the token in each slot, zeros in empty slots."""
     return jax.custom_derivatives.linear_call(_gather, _scatter, dispatch_GSEC, x_GSD)
 
 
-def _from_places(dispatch_GSEC: jax.Array, y_EPD: jax.Array) -> jax.Array:
-    """[G, S, D]: for each token the sum of its places."""
+def _from_slots(dispatch_GSEC: jax.Array, y_EPD: jax.Array) -> jax.Array:
+    """[G, S, D]: for each token, the sum over its slots."""
     return jax.custom_derivatives.linear_call(_scatter, _gather, dispatch_GSEC, y_EPD)
 
 
@@ -270,19 +288,20 @@ def _gather(dispatch_GSEC: jax.Array, x_GSD: jax.Array) -> jax.Array:
 
 
 def _scatter(dispatch_GSEC: jax.Array, y_EPD: jax.Array) -> jax.Array:
-    groups, _, experts, places = dispatch_GSEC.shape
-    y_GECD = y_EPD.reshape(experts, places, groups, -1).transpose(2, 0, 1, 3)
+    groups, _, experts, capacity = dispatch_GSEC.shape
+    y_GECD = y_EPD.reshape(experts, capacity, groups, -1).transpose(2, 0, 1, 3)
     return jnp.einsum("GSEC,GECD->GSD", dispatch_GSEC, y_GECD)
 
 
 def _to_experts(x_EPD: jax.Array) -> jax.Array:
-    """From all experts' places for own groups to own experts' places for the groups of all devices that share them."""
+    """All-to-all: from the slots of all experts for this device's groups, to the slots of this device's experts for the
+    groups of all devices along the expert axis."""
     axes = split_axes("act_expert")
     return jax.lax.all_to_all(x_EPD, axes, split_axis=0, concat_axis=1, tiled=True) if axes else x_EPD
 
 
 def _from_experts(y_EPD: jax.Array) -> jax.Array:
-    """The way back of `_to_experts`."""
+    """The inverse of `_to_experts`."""
     axes = split_axes("act_expert")
     return jax.lax.all_to_all(y_EPD, axes, split_axis=1, concat_axis=0, tiled=True) if axes else y_EPD
 
@@ -292,10 +311,10 @@ def moe_ragged(
 ) -> tuple[jax.Array, jax.Array]:
     """Dropless dispatch: pairs sorted by expert, one grouped product for each table; `([B, T, D], zeros [B])`.
 
-    Inside `moe_layer` on a mesh, the tokens of all devices that share the experts are gathered, each device works for
-    its own experts, and the sums are scattered back: D numbers a token and device each way, whatever K. The buffer has
-    room for the worst case, N = gathered tokens times min(K, own experts) rows. A CPU has no grouped product (XLA
-    multiplies every row with every expert there): `moe_exact` is the faster dropless form on one.
+    Inside `moe_layer` on a mesh, tokens are all-gathered along the expert axis, each device applies its own experts,
+    and the outputs are reduce-scattered: D numbers per token and device each way, whatever K is. The buffer holds the
+    worst case, R = N * min(K, experts of the device) rows. A CPU has no grouped product (XLA multiplies every row with
+    every expert there), so `moe_exact` is the faster dropless form on a CPU.
     """
     axes = split_axes("act_expert")
     num_local, width = experts[0].shape[0], x_BTD.shape[-1]
@@ -311,45 +330,57 @@ def moe_ragged(
 
 
 def _own_experts(x_ND: jax.Array, gates_NE: jax.Array, chosen_NE: jax.Array, experts: Experts, top_k: int) -> jax.Array:
-    """[N, D]: the weighted sum of what each token's experts among these make of it."""
+    """[N, D]: for each token, the gate-weighted sum over those of its experts that this device holds.
+
+    Pairs are sorted by expert. Three tokens with two experts each, on a device that holds experts 0 and 1 of three:
+    token 0 chose experts 0 and 2, token 1 chose 1 and 2, token 2 chose 0 and 1.
+
+        pair                0  1  2  3  4  5     pair r belongs to token r // 2
+        key_R               0  2  1  2  0  1     its expert; 2 = not on this device
+        row                 0  1  2  3  4  5     of the sorted buffer
+        pair_R              0  4  2  5  1  3     argsort of key_R, which is stable
+        expert of the row   0  0  1  1  -  -     sizes_E = [2, 2]; rows 4 and 5 are unused
+        row_NK              [[0, 4], [2, 5], [1, 3]]     the inverse of pair_R: the rows of each token's pairs
+    """
     gate_up_E2FD, down_EDF = experts
     num_local = gate_up_E2FD.shape[0]
-    # Pairs in the order of their experts, those of no expert here last; and where each token's pairs are in that order.
     there_NK, expert_NK = jax.lax.top_k(chosen_NE.astype(jnp.int32), min(top_k, num_local))
     key_R = jnp.where(there_NK > 0, expert_NK, num_local).reshape(-1)
     pair_R = jnp.argsort(key_R)
-    place_NK = jnp.argsort(pair_R).reshape(there_NK.shape)
+    row_NK = jnp.argsort(pair_R).reshape(there_NK.shape)
     used_R1 = (key_R[pair_R] < num_local)[:, None]
     gates_NK = jnp.take_along_axis(gates_NE, expert_NK, axis=1)
     gates_R1 = gates_NK.reshape(-1)[pair_R][:, None].astype(x_ND.dtype)
     sizes_E = chosen_NE.sum(axis=0, dtype=jnp.int32)
 
     def product(x_RD: jax.Array, table_EFD: jax.Array) -> jax.Array:
-        # What a kernel leaves in rows of no expert, here and in the gradient, may not be a number.
+        # Both masks are needed: the kernels leave unused rows uninitialised (NaN is possible) in the result, and in the
+        # gradient, where 0 * NaN would spread.
         return jnp.where(used_R1, grouped_product(jnp.where(used_R1, x_RD, 0), table_EFD, sizes_E), 0)
 
-    x_RD = _rows_of_pairs((pair_R, place_NK), x_ND)
+    x_RD = _rows_of_pairs((pair_R, row_NK), x_ND)
     gate_RF, up_RF = jnp.split(checkpoint_name(product(x_RD, _joined(gate_up_E2FD)), "mlp"), 2, axis=-1)
     y_RD = product(_swiglu(gate_RF, up_RF) * gates_R1, down_EDF)
-    return _sums_of_pairs((pair_R, place_NK), y_RD)
+    return _sums_of_pairs((pair_R, row_NK), y_RD)
 
 
-# As above, each of the two is the other's transpose: both read, where jax's own would scatter.
+# `_read_tokens` and `_add_pairs` are linear and transposes of each other. Both gather rows; JAX's rule would make the
+# transpose of a gather a scatter-add, which is slow on a TPU.
 
 
 def _rows_of_pairs(order: tuple[jax.Array, jax.Array], x_ND: jax.Array) -> jax.Array:
-    """[R, D]: for each pair its token. order: the pairs [R], and the places of each token's pairs in it [N, K]."""
+    """[R, D]: the token of each row. order: `(pair_R, row_NK)` of `_own_experts`."""
     return jax.custom_derivatives.linear_call(_read_tokens, _add_pairs, order, x_ND)
 
 
 def _sums_of_pairs(order: tuple[jax.Array, jax.Array], y_RD: jax.Array) -> jax.Array:
-    """[N, D]: for each token the sum of its pairs."""
+    """[N, D]: for each token, the sum over its rows."""
     return jax.custom_derivatives.linear_call(_add_pairs, _read_tokens, order, y_RD)
 
 
 def _read_tokens(order: tuple[jax.Array, jax.Array], x_ND: jax.Array) -> jax.Array:
-    pair_R, place_NK = order
-    return x_ND[pair_R // place_NK.shape[1]]
+    pair_R, row_NK = order
+    return x_ND[pair_R // row_NK.shape[1]]
 
 
 def _add_pairs(order: tuple[jax.Array, jax.Array], y_RD: jax.Array) -> jax.Array:
@@ -358,8 +389,9 @@ def _add_pairs(order: tuple[jax.Array, jax.Array], y_RD: jax.Array) -> jax.Array
 
 @jax.custom_vjp
 def grouped_product(x_RD: jax.Array, table_EFD: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """[R, F]: each row times the table of its expert; the first `sizes_E[0]` rows are the first expert's. Rows beyond
-    all experts' are undefined. On a TPU by JAX's Megablox kernels."""
+    """[R, F]: each row times the table of its expert. The first `sizes_E[0]` rows belong to expert 0, the next
+    `sizes_E[1]` to expert 1, and so on; the result is undefined for rows beyond the sum. Uses JAX's Megablox kernels on
+    a TPU."""
     width_F, width_D = table_EFD.shape[1:]
 
     def kernel(x_RD: jax.Array, table_EFD: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -396,17 +428,18 @@ def _ragged_dot(x_RD: jax.Array, table_EFD: jax.Array, sizes_E: jax.Array) -> ja
 
 
 def _tile(rows: int, inner: int, outer: int) -> tuple[int, int, int]:
-    """What one step of a kernel multiplies."""
+    """The tile sizes of the kernels: rows, inner dim, outer dim."""
     return math.gcd(rows, 512), min(inner, 1024), min(outer, 1024)
 
 
 def _on_tpu(
     kernel: Callable[..., jax.Array], plain: Callable[..., jax.Array], rows: jax.Array, *args: jax.Array
 ) -> jax.Array:
-    """`kernel(rows, *args)` on a TPU whose tiles fit the number of rows, elsewhere `plain(rows, *args)`."""
+    """`kernel(rows, *args)` on a TPU where `_LANES` divides the number of rows, otherwise `plain(rows, *args)`."""
 
     def unchecked(*args: jax.Array) -> jax.Array:
-        # The kernels do not say along which mesh axes their results vary: along all that their arguments do.
+        # The kernels do not declare over which mesh axes their results vary, so check_vma would refuse them. A result
+        # varies over every axis that an argument varies over.
         if jax.sharding.get_abstract_mesh().empty:
             return kernel(*args)
         none = PartitionSpec()
@@ -435,9 +468,10 @@ def moe_exact(x_BTD: jax.Array, gates_BTE: jax.Array, experts: Experts) -> jax.A
 def moe_sorted(
     x_BTD: jax.Array, gates_BTE: jax.Array, chosen_BTE: jax.Array, experts: Experts, *, top_k: int
 ) -> jax.Array:
-    """`moe_exact` for many tokens where there is a grouped product: each token meets its own experts alone.
+    """The same result as `moe_exact`, for many tokens on backends with a grouped product: only the chosen experts are
+    applied to a token.
 
-    On a mesh every device works for its own experts; "expert" and "routed_group" must be split over different axes.
+    On a mesh every device applies its own experts. The mesh axes of "expert" and "routed_group" must be disjoint.
     """
 
     def local(x_BTD: jax.Array, gates_BTE: jax.Array, chosen_BTE: jax.Array, experts: Experts) -> jax.Array:
@@ -450,7 +484,8 @@ def moe_sorted(
 def _over_own_experts(
     local: Callable[..., jax.Array], experts: Experts, x_BTD: jax.Array, *routes_BTE: jax.Array
 ) -> jax.Array:
-    """`local(x_BTD, *routes_BTE, experts)`, a sum over experts; on a mesh over each device's own, then over devices."""
+    """`local(x_BTD, *routes_BTE, experts)`, which is a sum over experts. On a mesh each device sums over its own
+    experts, and an all-reduce adds the devices' sums."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return local(x_BTD, *routes_BTE, experts)
@@ -467,9 +502,9 @@ def _over_own_experts(
 
 @jax.custom_jvp
 def moe_few(x_BTD: jax.Array, gates_BTE: jax.Array, experts: Experts) -> jax.Array:
-    """`moe_exact` for few tokens: each expert that one of them uses is read once, the others not at all.
+    """The same result as `moe_exact`, for few tokens: the weights of unused experts are never read.
 
-    On a mesh every device goes through its own experts; "expert" and "routed_group" must be split over different axes.
+    On a mesh every device applies its own experts. The mesh axes of "expert" and "routed_group" must be disjoint.
     Derivatives are those of `moe_exact`.
     """
     return _over_own_experts(_used_experts, experts, x_BTD, gates_BTE)
@@ -481,23 +516,24 @@ def _moe_few_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _used_experts(x_BTD: jax.Array, gates_BTE: jax.Array, experts: Experts) -> jax.Array:
-    """[B, T, D]: a loop over the experts with a gate that is not 0."""
+    """[B, T, D]: a loop over the experts that have a gate other than 0."""
     used_E = (gates_BTE != 0).any(axis=(0, 1))
     order_E = jnp.argsort(~used_E)
     matmul = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     gate_up_E2FD, down_EDF = experts
-    # A TPU lays an axis that does not fill its lanes before the others: turned like that, a table is read as it lies.
-    turned = down_EDF.shape[-1] % _LANES != 0
-    experts = (_joined(gate_up_E2FD), down_EDF.swapaxes(1, 2) if turned else down_EDF)
+    # XLA:TPU gives an array a layout whose minor-most dim fills the 128 lanes: where F does not, that dim is D.
+    # Transposing the table to that order costs nothing, and slices of it need no copy.
+    transposed = down_EDF.shape[-1] % _LANES != 0
+    experts = (_joined(gate_up_E2FD), down_EDF.swapaxes(1, 2) if transposed else down_EDF)
 
     def add_expert(i: jax.Array, out_BTD: jax.Array) -> jax.Array:
-        # Nothing done to a whole table (a conversion of its type) may be taken out of the loop.
+        # The barrier stops XLA from hoisting work on complete tables (a conversion to float32) out of the loop.
         tables, expert = jax.lax.optimization_barrier((experts, order_E[i]))
         inner_JD, down = (jax.lax.dynamic_index_in_dim(table, expert, keepdims=False) for table in tables)
         gates_BT1 = jax.lax.dynamic_slice_in_dim(gates_BTE, expert, 1, axis=2).astype(x_BTD.dtype)
         gate_BTF, up_BTF = jnp.split(matmul("BTD,JD->BTJ", x_BTD, inner_JD), 2, axis=-1)
         hidden_BTF = (jax.nn.silu(gate_BTF) * up_BTF).astype(x_BTD.dtype) * gates_BT1
-        return out_BTD + matmul("BTF,FD->BTD" if turned else "BTF,DF->BTD", hidden_BTF, down)
+        return out_BTD + matmul("BTF,FD->BTD" if transposed else "BTF,DF->BTD", hidden_BTF, down)
 
     out_BTD = jax.lax.fori_loop(0, used_E.sum(), add_expert, jnp.zeros(x_BTD.shape, jnp.float32))
     return out_BTD.astype(x_BTD.dtype)

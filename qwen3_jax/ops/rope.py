@@ -15,13 +15,13 @@ from qwen3_jax.config import ModelConfig
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """`(inverse frequencies [R] in radians per position, float32; factor on cos and sin)`, by transformers' rule.
+    """`(inverse frequencies [R] in radians per position, float32; factor on cos and sin)`, computed as in transformers.
 
-    With YaRN, planes that turn more than `beta_fast` times over the original context keep their frequency, those
-    that turn less than `beta_slow` times are slowed by `factor`, and those between are blended linearly.
+    With YaRN, planes that rotate more than `beta_fast` times over the original length keep their frequency. Planes that
+    rotate less than `beta_slow` times have it divided by `factor`. The planes between are blended linearly.
     """
     dim, base = config.head_dim, config.rope_theta
-    # float32 step by step as in the reference: at position 100,000 a rounding of the frequency is visible.
+    # Each step in float32, as in the reference: at position 100,000 a difference in rounding becomes visible.
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     plain = np.float32(1.0) / np.power(np.float32(base), exponents, dtype=np.float32)
     yarn = config.rope_scaling
@@ -34,8 +34,8 @@ def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     low = max(math.floor(plane_of(yarn.beta_fast)), 0)
     high = min(math.ceil(plane_of(yarn.beta_slow)), dim - 1)
     ramp = (np.arange(dim // 2, dtype=np.float32) - low) / np.float32(max(high - low, 0.001))
-    keep = 1 - np.clip(ramp, 0, 1)
-    blended = plain / np.float32(yarn.factor) * (1 - keep) + plain * keep
+    unscaled = 1 - np.clip(ramp, 0, 1)
+    blended = plain / np.float32(yarn.factor) * (1 - unscaled) + plain * unscaled
     factor = yarn.attention_factor
     if factor is None:
         factor = 0.1 * math.log(yarn.factor) + 1.0

@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from qwen3_jax import hf
-from qwen3_jax.checkpoint import CHECKPOINTS, Checkpointer, find_whole, restore_params
+from qwen3_jax.checkpoint import CHECKPOINTS, Checkpointer, find_verified, restore_params
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.train.feed import Feed
 from qwen3_jax.train.guard import Guard, GuardedState
@@ -44,7 +44,7 @@ def start_state(
     config, abstract = program.config, program.state.train
     output.check_space(abstract)
 
-    step = checkpointer.newest_whole(announce)
+    step = checkpointer.newest_verified(announce)
     if step is not None:
         *arrays, places, run = checkpointer.restore(step, abstract.params, abstract.optimizer)
         feed.set_state(places)
@@ -67,7 +67,7 @@ def _load(source: epath.Path, config: ModelConfig, params: Any, mesh: Mesh, anno
             raise ValueError(f"init_from: {str(source)!r} has {field.name} {theirs!r}; model.{field.name}: {ours!r}")
     if not (source / CHECKPOINTS).is_dir():
         return hf.load_checkpoint(source, dtype="float32", mesh=mesh, stacked=True)[1]
-    found = find_whole(source / CHECKPOINTS, announce)
+    found = find_verified(source / CHECKPOINTS, announce)
     if found is None:
         raise ValueError(f"init_from: {str(source)!r} holds no checkpoint; a run that has saved one fits")
     announce(f"weights of {found}")

@@ -72,7 +72,7 @@ def test_the_newest_step_of_a_training_run(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_training_run_without_a_step(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds no step; a run that has saved one fits"):
+    with pytest.raises(ValueError, match="is empty; a run that has saved a checkpoint fits"):
         run(str(tmp_path / "run"), str(tmp_path / "target"))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

@@ -20,7 +20,7 @@ from qwen3_jax.config import ModelConfig
 
 TIED = dataclasses.replace(DENSE, tie_word_embeddings=True)
 EMBED = "model.embed_tokens.weight"
-UNSOUND = "model.safetensors is no sound safetensors file"
+UNSOUND = "model.safetensors is not a valid safetensors file"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -178,8 +178,8 @@ def test_index(tmp_path: Path) -> None:
 
     index.write_text(json.dumps({"weight_map": {**placed, EMBED: last}}))
     message = refused(directory)
-    assert f"{EMBED} is not in {last}, where the index places it" in message
-    assert f"{EMBED} is in {first}, unknown to the index" in message
+    assert f"{EMBED} is not in {last}, where the index lists it" in message
+    assert f"{EMBED} is in {first}, but not in the index" in message
     index.write_text("{}")
     assert "not an index of safetensors files" in refused(directory)
     index.write_text(original)
@@ -187,7 +187,7 @@ def test_index(tmp_path: Path) -> None:
     assert "holds both model.safetensors and model.safetensors.index.json" in refused(directory)
     (directory / "model.safetensors").unlink()
     (directory / first).unlink()
-    assert refused(directory).endswith(f"{first} is named by the index and not there")
+    assert refused(directory).endswith(f"{first} is listed in the index but does not exist")
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float64", "float8_e4m3fn", "half-ish"])

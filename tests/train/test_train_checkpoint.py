@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qwen3_jax.checkpoint import Checkpointer, find_whole
+from qwen3_jax.checkpoint import Checkpointer, find_verified
 from qwen3_jax.train.metrics import MetricsLog
 from qwen3_jax.train.output import check_output
 
@@ -51,7 +51,7 @@ def test_the_newest_stay_and_every_fourth_for_good(tmp_path: Path) -> None:
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     save(tmp_path, [5])
     with Checkpointer(tmp_path, 3) as checkpointer:
-        assert checkpointer.newest_whole(pytest.fail) == 5
+        assert checkpointer.newest_verified(pytest.fail) == 5
         params, optimizer, data, run = checkpointer.restore(5, abstract(weights()), {"moment": abstract(weights())})
     for got in (params, optimizer["moment"]):
         jax.tree.map(np.testing.assert_array_equal, got, weights())
@@ -85,11 +85,11 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path) -> None:
         for damaged in (bytes(flipped), whole[:-1], b"", None):
             path.write_bytes(damaged) if damaged is not None else path.unlink()
             said: list[str] = []
-            with pytest.raises(ValueError, match="no whole checkpoint"):
-                find_whole(tmp_path, said.append)
+            with pytest.raises(ValueError, match="no verified checkpoint"):
+                find_verified(tmp_path, said.append)
             assert said[0].startswith("checkpoint 1 is damaged: ")
         path.write_bytes(whole)
-    assert find_whole(tmp_path, pytest.fail) is not None
+    assert find_verified(tmp_path, pytest.fail) is not None
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_another_models(tmp_path: Path) -> None:
@@ -106,14 +106,14 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path: Pat
         victim.write_bytes(victim.read_bytes()[:-3])
     said: list[str] = []
     with Checkpointer(tmp_path, 3) as checkpointer:
-        assert checkpointer.newest_whole(said.append) == 1
+        assert checkpointer.newest_verified(said.append) == 1
         assert [line.split(":")[0] for line in said] == ["checkpoint 3 is damaged", "checkpoint 2 is damaged"]
         assert steps_of(tmp_path) == ["1", "2.damaged", "3.damaged"]
         checkpointer.save(2, weights(), {"moment": weights()}, {}, {})
-    assert find_whole(tmp_path, pytest.fail) == tmp_path / "2"
+    assert find_verified(tmp_path, pytest.fail) == tmp_path / "2"
     (tmp_path / "2" / "digests.json").unlink()
     with Checkpointer(tmp_path, 3) as checkpointer:
-        assert checkpointer.newest_whole(said.append) == 1
+        assert checkpointer.newest_verified(said.append) == 1
     assert steps_of(tmp_path) == ["1", "2.damaged", "2.damaged-2", "3.damaged"]
 
 
@@ -121,8 +121,8 @@ def test_where_none_is_whole_none_is_moved(tmp_path: Path) -> None:
     save(tmp_path, [1, 2])
     for step in "12":
         (tmp_path / step / "digests.json").write_text("{")
-    with Checkpointer(tmp_path, 3) as checkpointer, pytest.raises(ValueError, match="no whole checkpoint"):
-        checkpointer.newest_whole(lambda text: None)
+    with Checkpointer(tmp_path, 3) as checkpointer, pytest.raises(ValueError, match="no verified checkpoint"):
+        checkpointer.newest_verified(lambda text: None)
     assert steps_of(tmp_path) == ["1", "2"]
 
 
@@ -154,13 +154,13 @@ def test_a_disk_that_fills_up_is_named_and_nothing_half_written_counts(small_dis
 
     with pytest.raises(OSError, match=rf"^checkpoint (\d+): '{small_disk}': No space left on device; nothing of it"):
         fill()
-    found = find_whole(small_disk, pytest.fail)
+    found = find_verified(small_disk, pytest.fail)
     assert found is not None
     newest = int(found.name)
     assert 1 <= newest < 7
     assert any(name.startswith(f"{newest + 1}.") for name in steps_of(small_disk)), "it was not while saving"
     with Checkpointer(small_disk, keep=1) as checkpointer:
-        assert checkpointer.newest_whole(pytest.fail) == newest
+        assert checkpointer.newest_verified(pytest.fail) == newest
         assert all("tmp" not in name for name in steps_of(small_disk))
         assert checkpointer.restore(newest, abstract(many), abstract(moment))[0]["kernel"].shape == (3000, 48)
 

@@ -404,7 +404,7 @@ def test_a_save_that_one_process_cannot_write_ends_all_and_the_one_before_counts
     processes = start_many(folder, output, coordinator_address, 2)
     resource.prlimit(processes[victim].pid, resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes of a file
     said = [finish(process, code=2) for process in processes]
-    reason = f"checkpoint 6: '{folder / output / 'checkpoints'}': File too large; nothing of it counts"
+    reason = f"checkpoint 6: '{folder / output / 'checkpoints'}': File too large; it was not saved"
     assert f"error: {reason}" in said[victim]
     assert f"error: process {victim}: {reason}" in said[1 - victim]
     assert "from step 4" in finish(start(folder, output, "--steps", "8"))
