@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from reference import (
     DENSE,
     MOE,
     random_tokens,
     relative_error,
     to_params,
+    torch,
     torch_config,
     torch_logits,
     torch_model,
