@@ -1,6 +1,6 @@
-r"""Thinking or not, by what a question looks like: a look-up needs no thought, whatever has steps in it does.
+r"""Thinking on or off by the wording of a question: a look-up needs no thought, a question with several steps does.
 
-`RULES`, in order; the first whose pattern is found, in a question of at most so many words, decides:
+The first of the `RULES` whose pattern occurs in a question of at most `max_words` words decides:
 
 | Rule        | Mode         | Decides for                                                                      |
 |-------------|--------------|----------------------------------------------------------------------------------|
@@ -13,10 +13,11 @@ r"""Thinking or not, by what a question looks like: a look-up needs no thought, 
 | search      | non-thinking | find, look up, search for, ... as the first words                                |
 | look-up     | non-thinking | one sentence with who, when is, where is, which city, what is the name of, ...   |
 | noun phrase | non-thinking | up to six words without a sentence's marks, verbs or pronouns: "weather in Oslo" |
-| default     | thinking     | all else                                                                         |
+| default     | thinking     | everything else                                                                  |
 
-Doubt goes to thinking, which costs tokens, not answers. The rules are for English and read words, not sense: an order
-whose verb is not listed passes for a noun phrase, and so do a few words of another language in Latin letters.
+In doubt the answer is thinking, which costs tokens and not correctness. The rules are for English and match words, not
+meaning: a request whose verb is not listed counts as a noun phrase, and so do a few words of another language in Latin
+letters.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from qwen3_jax.text.chat import Message
 
 
 class Rule(NamedTuple):
-    """Decides for a question of at most `most_words` words in which `pattern` is found."""
+    """Applies to a question of at most `max_words` words in which `pattern` occurs."""
 
     name: str
     thinking: bool
     pattern: re.Pattern[str]
-    most_words: float = float("inf")
+    max_words: float = float("inf")
 
 
 def _words(*lines: str) -> str:
-    """A pattern for any of the words; `_` stands for white space between two of them."""
+    """A pattern for any of the words; `_` stands for white space inside an entry."""
     return r"\b(?:" + "|".join(word for line in lines for word in line.split()).replace("_", r"\s") + r")\b"
 
 
@@ -147,10 +148,10 @@ RULES = (
 
 
 def query_mode(messages: Sequence[Message]) -> tuple[bool, str]:
-    """Whether to think about the last user turn, and the name of the rule that decided; other turns do not count."""
+    """`(whether to think, name of the rule)` for the last user turn; other turns are ignored."""
     question = next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
     length = len(question.split())
-    # A run of white space becomes one character, all that the patterns know: they stay linear in the length of it.
+    # Each run of white space becomes one character. Otherwise `\s` patterns take quadratic time on long runs.
     question = re.sub(r"\s+", lambda run: "\n" if "\n" in run[0] else " ", question).strip()
-    rule = next(rule for rule in RULES if length <= rule.most_words and rule.pattern.search(question))
+    rule = next(rule for rule in RULES if length <= rule.max_words and rule.pattern.search(question))
     return rule.thinking, rule.name
