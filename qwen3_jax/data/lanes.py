@@ -180,7 +180,9 @@ def refuse_other_order(order: Mapping[str, Any], state: Mapping[str, Any], lanes
         _refuse_difference(order, saved["order"], "data")
     missing = [lane for lane in lanes if lane not in state]
     if missing:
-        raise ValueError(f"data: the saved position lacks lane {missing[0]}; that of all processes together fits")
+        raise ValueError(
+            f"data: the saved position lacks lane {missing[0]}; the union of all processes' positions fits"
+        )
 
 
 def _refuse_difference(now: Any, then: Any, where: str) -> None:
@@ -189,4 +191,4 @@ def _refuse_difference(now: Any, then: Any, where: str) -> None:
             _refuse_difference(now[key], then[key], f"{where}.{key}")
     elif now != then:
         now, then = (list(value) if isinstance(value, dict) else value for value in (now, then))
-        raise ValueError(f"{where}: {now!r}, but the data position was saved under {then!r}; that fits")
+        raise ValueError(f"{where}: {now!r}, but the data position was saved under {then!r}; {then!r} fits")
