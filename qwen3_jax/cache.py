@@ -120,8 +120,8 @@ class KVCache:
             prompt_slots=prompt_slots,
         )
 
-    def admit(self, new: KVCache, rows_A: jax.Array) -> KVCache:
-        """This cache with rows `rows_A` replaced by the rows of `new`, in order.
+    def admit(self, new: KVCache, source_A: jax.Array, rows_A: jax.Array) -> KVCache:
+        """This cache with rows `rows_A` replaced by rows `source_A` of `new`.
 
         `new` holds prompts only and has at most as many prompt slots. Entries of `rows_A` outside 0 .. B - 1 are
         ignored.
@@ -131,7 +131,7 @@ class KVCache:
         def put(old: jax.Array, rows: jax.Array, axis: int) -> jax.Array:
             where: list[Any] = [slice(None)] * old.ndim
             where[0], where[axis] = rows_A, slice(slots)
-            return old.at[tuple(where)].set(rows, mode="drop")
+            return old.at[tuple(where)].set(rows[source_A], mode="drop")
 
         emptied_BS = self.positions_BS.at[rows_A].set(EMPTY, mode="drop")
         return dataclasses.replace(

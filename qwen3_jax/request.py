@@ -1,12 +1,73 @@
-"""What is asked of the decoder and what it answers; on the host, one row each."""
+"""What is asked of the decoder and what it answers, one row each. Host data: nothing here knows jax.
+
+Each setting of a request is declared once, with its bounds and its help. The fields of infer.py's records, its flags
+and every check follow from that.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
+
+Check = Callable[[str, Any], None]
+
+
+def _refuse(name: str, value: Any, fits: str) -> None:
+    raise ValueError(f"{name}: {value!r}; {fits} fits")
+
+
+def _whole(low: int, high: int | None = None, *, or_else: Sequence[Any] = ()) -> Check:
+    """Whole numbers from `low` to `high`, and the values in `or_else`."""
+    span = f"a whole number >= {low}" if high is None else f"a whole number in {low}..{high}"
+    fits = " or ".join([span, *(repr(value) for value in or_else if value is not None)])
+
+    def check(name: str, value: Any) -> None:
+        if any(value is other or (isinstance(other, str) and value == other) for other in or_else):
+            return
+        is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not is_whole or value < low or (high is not None and value > high):
+            _refuse(name, value, fits)
+
+    return check
+
+
+def _number(low: float, high: float, *, optional: bool = False) -> Check:
+    """Numbers from `low` to `high`; None too where it is optional."""
+
+    def check(name: str, value: Any) -> None:
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not ((is_number and low <= float(value) <= high) or (optional and value is None)):
+            _refuse(name, value, f"a number in [{low}, {high}]")
+
+    return check
+
+
+def _one_of(*values: Any) -> Check:
+    def check(name: str, value: Any) -> None:
+        if not any(value is allowed or (isinstance(allowed, str) and value == allowed) for allowed in values):
+            _refuse(name, value, f"one of {', '.join(map(str, values))}")
+
+    return check
+
+
+def _temperature(name: str, value: Any) -> None:
+    _number(0, 1000)(name, value)
+    if 0 < value < 0.001:  # logits divided by it would overflow float32
+        _refuse(name, value, "0 (greedy) or a number in [0.001, 1000]")
+
+
+def _top_p(name: str, value: Any) -> None:
+    _number(0, 1)(name, value)
+    if value == 0:
+        raise ValueError("top_p: 0 keeps no token; a number in (0, 1] fits")
+
+
+def _setting(default: Any, check: Check, help_text: str = "") -> Any:
+    """A field with its check. With a `help_text` it is a setting that records and the command line may give."""
+    return dataclasses.field(default=default, metadata={"check": check, "help": help_text})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,31 +92,41 @@ class Request:
     eos_while_thinking: "close" replaces an end-of-sequence token inside a thought by the stop text, "stop" obeys it.
     allow_empty_answer: False keeps an end-of-sequence token from being the first of the answer.
     temperature, top_p, top_k, min_p: sampling; temperature 0 is greedy, 1.0, 0 and 0.0 switch the filters off.
-    presence_penalty, frequency_penalty: taken off the logit of each token that the row has sampled already, once and
-      times how often; forced tokens and the prompt do not count.
+    presence_penalty, frequency_penalty: subtracted from the logit of each token that the row has sampled already, once
+      and as often as it was sampled; forced tokens and the prompt do not count.
     seed, sample: of the row's random draws; the same two give the same tokens in every batch.
     """
 
     prompt_ids: Sequence[int]
-    thinking_budget: int | Literal["auto"] | None = None
-    auto_threshold: float | None = None
-    auto_cap: int | None = None
-    grace: int = 0
-    count_think_marker: bool = False
-    thinking: bool = True
-    start_in_think: bool | None = None
-    max_new_tokens: int = 256
-    answer_reserve: int = 1
-    eos_while_thinking: Literal["close", "stop"] = "close"
-    allow_empty_answer: bool = True
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int = 0
-    sample: int = 0
+    thinking_budget: int | Literal["auto"] | None = _setting(
+        None,
+        _whole(-1, or_else=(None, "auto")),
+        "most thinking tokens; -1 (default) is unlimited, 0 turns thinking off; or auto",
+    )
+    auto_threshold: float | None = _setting(
+        None, _number(0, 1, optional=True), "auto: the probability of </think> that ends the thought (default: 0.25)"
+    )
+    auto_cap: int | None = _setting(
+        None, _whole(1, or_else=(None,)), "auto: most thinking tokens (default: what leaves room for an answer)"
+    )
+    grace: int = _setting(0, _whole(0, 2**30), "tokens beyond the budget that may go by until a line ends")
+    count_think_marker: bool = _setting(False, _one_of(True, False), "whether the budget counts a sampled <think>")
+    thinking: bool = _setting(True, _one_of(True, False))
+    start_in_think: bool | None = _setting(None, _one_of(None, True, False))
+    max_new_tokens: int = _setting(256, _whole(1), "most tokens written")
+    answer_reserve: int = _setting(1, _whole(0, 2**31 - 1), "tokens that a finite budget keeps for the answer")
+    eos_while_thinking: Literal["close", "stop"] = _setting(
+        "close", _one_of("close", "stop"), "end of sequence inside a thought: close the thought, or stop"
+    )
+    allow_empty_answer: bool = _setting(True, _one_of(True, False), "whether an answer may be empty")
+    temperature: float = _setting(0.0, _temperature, "0 is greedy")
+    top_p: float = _setting(1.0, _top_p, "1 is off")
+    top_k: int = _setting(0, _whole(0), "0 is off")
+    min_p: float = _setting(0.0, _number(0, 1), "0 is off")
+    presence_penalty: float = _setting(0.0, _number(-2, 2), "subtracted from the logits of tokens sampled before")
+    frequency_penalty: float = _setting(0.0, _number(-2, 2), "the same, as often as the token was sampled")
+    seed: int = _setting(0, _whole(0, 2**32 - 1), "of the random draws (default: 0)")
+    sample: int = _setting(0, _whole(0, 2**31 - 1), "number of the sample; each draws its own tokens")
 
     def __post_init__(self) -> None:
         try:
@@ -64,36 +135,18 @@ class Request:
             raise ValueError(f"prompt_ids: {self.prompt_ids!r}; a sequence of whole numbers fits") from None
         if not self.prompt_ids:
             raise ValueError("prompt_ids: empty; at least one id fits")
-        if self.thinking_budget is not None and self.thinking_budget != "auto":
-            _check_int("thinking_budget", self.thinking_budget, -1, also="'auto'")
-        if self.auto_cap is not None:
-            _check_int("auto_cap", self.auto_cap, 1)
-        if self.auto_threshold is not None:
-            _check_float("auto_threshold", self.auto_threshold, 0, 1)
+        for field in dataclasses.fields(self):
+            if check := field.metadata.get("check"):
+                check(field.name, getattr(self, field.name))
         for name in ("auto_threshold", "auto_cap"):
             if getattr(self, name) is not None and self.thinking_budget != "auto":
-                raise ValueError(f"{name}: {getattr(self, name)!r}, but thinking_budget is not 'auto'; none fits")
-        _check_int("grace", self.grace, 0, 2**30)
-        _check_int("max_new_tokens", self.max_new_tokens, 1)
-        _check_int("answer_reserve", self.answer_reserve, 0, 2**31 - 1)
-        _check_int("top_k", self.top_k, 0)
-        _check_int("sample", self.sample, 0, 2**31 - 1)
-        _check_int("seed", self.seed, 0, 2**32 - 1)
-        _check_float("temperature", self.temperature, 0, 1000)
-        _check_float("top_p", self.top_p, 0, 1)
-        _check_float("min_p", self.min_p, 0, 1)
-        _check_float("presence_penalty", self.presence_penalty, -2, 2)
-        _check_float("frequency_penalty", self.frequency_penalty, -2, 2)
-        if 0 < self.temperature < 0.001:  # logits over it would leave float32
-            raise ValueError(f"temperature: {self.temperature!r}; 0 (greedy) or a number in [0.001, 1000] fits")
-        if self.top_p == 0:
-            raise ValueError("top_p: 0 keeps no token; a number in (0, 1] fits")
-        flags = dict.fromkeys(("thinking", "count_think_marker", "allow_empty_answer"), (True, False))
-        for name, allowed in {**flags, "start_in_think": (None, True, False)}.items():
-            if not any(getattr(self, name) is value for value in allowed):
-                raise ValueError(f"{name}: {getattr(self, name)!r}; one of {', '.join(map(str, allowed))} fits")
-        if self.eos_while_thinking not in ("close", "stop"):
-            raise ValueError(f"eos_while_thinking: {self.eos_while_thinking!r}; 'close' or 'stop' fits")
+                raise ValueError(f"{name}: {getattr(self, name)!r}, but thinking_budget is not 'auto'; leave it out")
+
+
+# Settings that a record, or the command line, may give under their own name, each with its help.
+SETTINGS: dict[str, str] = {
+    field.name: field.metadata["help"] for field in dataclasses.fields(Request) if field.metadata.get("help")
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +157,8 @@ class Result:
     thinking_tokens: N, tokens sampled inside the thought (with those already in the prompt's open thought).
     injected_tokens: forced tokens, of the stop text or of the empty block.
     answer_tokens: tokens after the thought, the end-of-sequence token included.
-    thinking_end: natural, budget, auto, off (non-thinking mode), none (never opened), eos, or length.
+    thinking_end: natural, budget, auto, off (non-thinking mode), none (never opened), eos, or length; open where the
+      result is of a row that has not finished and still thinks.
     finish_reason: stop or length.
     logprobs: log-probability of each token under the unmodified logits, in nats.
     forced: which tokens were forced.
@@ -121,15 +175,3 @@ class Result:
     finish_reason: str
     logprobs: list[float]
     forced: list[bool]
-
-
-def _check_int(name: str, value: Any, low: int, high: int | None = None, also: str = "") -> None:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value > high):
-        fits = f"a whole number >= {low}" if high is None else f"a whole number in {low}..{high}"
-        raise ValueError(f"{name}: {value!r}; {fits}{' or ' * bool(also)}{also} fits")
-
-
-def _check_float(name: str, value: Any, low: float, high: float) -> None:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not low <= float(value) <= high:
-        raise ValueError(f"{name}: {value!r}; a number in [{low}, {high}] fits")

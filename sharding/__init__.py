@@ -19,7 +19,7 @@ from sharding.axes import (
     split_over_replicas,
 )
 from sharding.mesh import MeshConfig, make_mesh
-from sharding.processes import end_others, start_processes
+from sharding.processes import end_if_another_died, end_others, from_first_process, start_processes
 
 __all__ = [
     "AXIS_RULES",
@@ -28,7 +28,9 @@ __all__ = [
     "MeshConfig",
     "axis_rules",
     "constrain",
+    "end_if_another_died",
     "end_others",
+    "from_first_process",
     "make_mesh",
     "named_shardings",
     "num_parts",

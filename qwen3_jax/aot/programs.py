@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 
 from qwen3_jax.chips import find_chip
 from qwen3_jax.config import ModelConfig
-from qwen3_jax.decode.pool import most_prefill_rows
-from qwen3_jax.decode.program import StepShapes, lower_prefill, lower_step, step_shapes
+from qwen3_jax.decode.programs import StepShapes, lower_prefill, lower_step, step_shapes
+from qwen3_jax.decode.schedule import STEPS, max_prefill_rows
 from qwen3_jax.train.config import TrainConfig
 from qwen3_jax.train.flops import train_flops_per_token
 from qwen3_jax.train.program import Program
@@ -142,14 +142,14 @@ def prefill(config: DecodeConfig) -> Work:
     mesh, model, prompt = topology_mesh(config.mesh), config.model, config.context // 2
     takes = decode_shapes(config, mesh)
     with jax.set_mesh(mesh):
-        rows = min(config.batch, most_prefill_rows(prompt, num_parts("attention_batch")))
+        rows = min(config.batch, max_prefill_rows(prompt, num_parts("attention_batch")))
     head = model.vocab_size * model.hidden_size  # of last tokens alone
     forward = train_flops_per_token(model, prompt) / 3 - 2 * head
     state = shard_bytes(takes.state)
     return Work(
         what=f"prefill, {rows:,} of {config.batch:,} rows, prompts of {prompt:,} tokens",
         mesh=mesh,
-        lower=lambda: lower_prefill(model, mesh, batch=rows, prompt_slots=prompt, max_new=prompt),
+        lower=lambda: lower_prefill(model, mesh, batch=rows, prompt_slots=prompt),
         held={"parameters": shard_bytes(takes.params), "cache": state},
         elsewhere=state,
         tokens=rows * prompt,
@@ -181,7 +181,7 @@ def decode_step(config: DecodeConfig) -> Work:
 def decode_shapes(config: DecodeConfig, mesh: Mesh) -> StepShapes:
     """What a step takes."""
     half = config.context // 2
-    return step_shapes(config.model, mesh, batch=config.batch, slots=(half, half), max_new=half)
+    return step_shapes(config.model, mesh, batch=config.batch, slots=(half, half), columns=STEPS)
 
 
 def _must_read(config: DecodeConfig, takes: StepShapes) -> float:

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         ("What is 2 + 3? /no_think", {"thinking_budget": 4}, "(b) /no_think: an empty thought, B is ignored"),
         ("What is 2 + 3?", {"thinking_budget": 0}, "(b) B = 0: the same"),
     )
-    requests = [engine.request({"prompt": prompt, **fields}) for prompt, fields, _ in examples]
+    requests = [engine.prompt({"prompt": prompt, **fields}).request for prompt, fields, _ in examples]
     results = engine.generate(requests)
     for (prompt, fields, title), result in zip(examples, results, strict=True):
         console.rule(title, align="left")

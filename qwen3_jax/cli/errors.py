@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from sharding import end_others
+from sharding import end_if_another_died, end_others
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,6 +29,7 @@ def exits_cleanly(main: Callable[P, T]) -> Callable[P, T]:
             end_others("Ctrl-C")
             sys.exit(130)
         except Exception as error:
+            end_if_another_died()  # a collective that lost a process raises here
             end_others(repr(error))
             raise
 

@@ -5,25 +5,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from qwen3_jax.cli.config_file import load_config
 from qwen3_jax.cli.errors import exits_cleanly
 from qwen3_jax.cli.progress import file_progress
+from qwen3_jax.request import SETTINGS
 from qwen3_jax.serve import Engine, shipped_model
 from qwen3_jax.serve.files import decode_file
 from sharding import MeshConfig, make_mesh, num_parts, start_processes
-
-_SETTINGS = (
-    *("thinking_budget", "auto_threshold", "auto_cap", "grace", "max_new_tokens", "temperature", "top_p", "top_k"),
-    *("min_p", "presence_penalty", "frequency_penalty", "seed", "stop"),
-)
 
 
 @exits_cleanly
@@ -48,19 +46,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     start_processes()
 
-    defaults = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+    defaults = {name: getattr(args, name) for name in (*SETTINGS, "stop") if getattr(args, name) is not None}
     if args.no_thinking:
         defaults["enable_thinking"] = False
     if args.mode_by_query:
         defaults["mode_by_query"] = True
-    # Each process decodes its own share of the lines on its own devices.
-    mesh = args.mesh and make_mesh(load_config(MeshConfig, args.mesh), jax.local_devices())
+    mesh = args.mesh and _mesh(args.mesh)
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         engine = Engine.load(args.model, dtype=args.dtype, mesh=mesh)
         if args.prompt is not None:
-            _prompt(engine, args, defaults)
+            _prompt(engine, args, defaults, prints=not _is_shared(mesh) or jax.process_index() == 0)
         else:
-            _file(engine, args, defaults)
+            _file(engine, args, defaults, is_shared=_is_shared(mesh))
+
+
+def _mesh(path: Path) -> Mesh:
+    """Over all devices, one model for all processes; or, where the mesh has just the size for them, over this
+    process's own devices."""
+    config = load_config(MeshConfig, path)
+    own = jax.local_devices()
+    is_own = -1 not in config.axes.values() and math.prod(config.axes.values()) == len(own)
+    return make_mesh(config, own if is_own else jax.devices())
+
+
+def _is_shared(mesh: Mesh | None) -> bool:
+    """Whether one model spans several processes."""
+    return mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,28 +86,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     parser.add_argument("--mesh", type=Path, help="YAML of mesh axes; rows, weights and cache are sharded over them")
 
-    budget = parser.add_argument_group("thinking")
-    budget.add_argument(
-        "--thinking-budget", type=_number, help="most thinking tokens; -1 (default) is unlimited; or auto"
+    thinking = parser.add_argument_group("thinking")
+    thinking.add_argument("--no-thinking", action="store_true", help="put the empty thought into the prompt")
+    thinking.add_argument(
+        "--mode-by-query", action="store_true", help="turn thinking off for questions that look something up"
     )
-    budget.add_argument("--auto-threshold", type=_number, help="auto: probability of </think> that ends the thought")
-    budget.add_argument("--auto-cap", type=_number, help="auto: most thinking tokens; default: what leaves an answer")
-    budget.add_argument("--grace", type=_number, help="tokens beyond the budget that may go by until a line ends")
-    budget.add_argument("--no-thinking", action="store_true", help="put the empty thought into the prompt")
-    budget.add_argument(
-        "--mode-by-query", action="store_true", help="questions that look something up are not thought on"
-    )
-
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-new-tokens", type=_number, default=1024, help="default: %(default)s, or what fits")
-    sampling.add_argument("--temperature", type=_number, help="0 is greedy")
-    sampling.add_argument("--top-p", type=_number)
-    sampling.add_argument("--top-k", type=_number, help="0 is off")
-    sampling.add_argument("--min-p", type=_number)
-    sampling.add_argument("--presence-penalty", type=_number)
-    sampling.add_argument("--frequency-penalty", type=_number)
-    sampling.add_argument("--stop", action="append", help="text that ends the answer; may be given several times")
-    sampling.add_argument("--seed", type=_number, help="default: 0")
+    settings = parser.add_argument_group("settings, also fields of a record; sampling defaults to Qwen3's own, by mode")
+    for name, help_text in SETTINGS.items():
+        settings.add_argument(f"--{name.replace('_', '-')}", type=_number, help=help_text)
+    settings.set_defaults(max_new_tokens=1024)
+    settings.add_argument("--stop", action="append", help="text that ends the answer; may be given several times")
 
     one = parser.add_argument_group("with --prompt")
     one.add_argument("--stream", action="store_true", help="print the text as it comes, the thought dimmed")
@@ -109,31 +108,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prompt(engine: Engine, args: argparse.Namespace, defaults: dict[str, object]) -> None:
-    job = engine.job({"prompt": args.prompt}, defaults)
+def _prompt(engine: Engine, args: argparse.Namespace, defaults: dict[str, object], prints: bool) -> None:
+    prompt = engine.prompt({"prompt": args.prompt}, defaults)
     dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
 
     def emit(text: str, in_thought: bool) -> None:
-        if args.stream:
+        if args.stream and prints:
             print(f"{dim}{text}{plain}" if in_thought else text, end="", flush=True)
 
-    result = engine.stream(job, emit)
+    result = engine.stream(prompt, emit)
+    if not prints:
+        return
     if args.json:
-        print(json.dumps(engine.response(result, job), ensure_ascii=False))
-    elif not args.stream:
-        print(engine.text(result, job.stop))
+        print(json.dumps(engine.reader.record(result, prompt), ensure_ascii=False))
     else:
-        print()
+        print("" if args.stream else engine.text(result, prompt.stop))
 
 
-def _file(engine: Engine, args: argparse.Namespace, defaults: dict[str, object]) -> None:
-    part, parts = jax.process_index(), jax.process_count()
+def _file(engine: Engine, args: argparse.Namespace, defaults: dict[str, object], is_shared: bool) -> None:
+    # Processes that share one model answer all lines together; otherwise each answers its share.
+    part, parts = (0, 1) if is_shared else (jax.process_index(), jax.process_count())
+    writes = not is_shared or jax.process_index() == 0
     output = args.output if parts == 1 else args.output.with_name(f"{args.output.name}-{part:05d}-of-{parts:05d}")
     row_parts = num_parts("attention_batch")
     if args.batch_size % row_parts:
         raise ValueError(f"--batch-size: {args.batch_size}; a multiple of the mesh's {row_parts} parts fits")
     settings = {**defaults, "model": str(args.model.resolve()), "dtype": args.dtype, "logprobs": args.logprobs}
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not writes)
     with file_progress(console) as report:
         tally = decode_file(
             engine,
@@ -146,11 +147,12 @@ def _file(engine: Engine, args: argparse.Namespace, defaults: dict[str, object])
             logprobs=args.logprobs,
             strict=args.strict,
             part=(part, parts),
+            writes=writes,
             report=report,
             announce=lambda text: console.print(text, style="dim", markup=False, highlight=False),
         )
-    print(json.dumps({"output": str(output), **tally.summary()}))
-    sys.stdout.flush()
+    if writes:
+        print(json.dumps({"output": str(output), **tally.summary()}), flush=True)
 
 
 def _number(text: str) -> int | float | str:

@@ -1,6 +1,6 @@
-"""The decoder: prefill, then one `jax.lax.while_loop` that carries everything a row needs.
+"""The decoder: the prompts, then one `jax.lax.while_loop` that carries everything a row needs.
 
-Shapes: B rows, P prompt slots, M most tokens written, V vocabulary, A rows admitted together.
+Shapes: B rows, P prompts, T prompt slots, M columns of the buffers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,22 +36,37 @@ class Rows:
 
 @struct.dataclass
 class DecodeState:
-    """Everything the loop carries. Leaving the loop and entering it again with this state changes nothing.
+    """Everything the loop carries. Leaving the loop and entering it again with this state changes no token.
 
     budget: phase, thinking count and the other counters of each row.
     last_B: the token each row wrote last, the input of the next forward pass.
+    column: where in the three buffers below the next token of every row goes. A pool sets it to 0 each time that it
+      enters the loop, so that the buffers hold just the tokens that are new.
     tokens_BM: tokens written. logprobs_BM: their log-probabilities under the unmodified logits.
-    forced_BM: which of them were forced.
+    forced_BM: which of them were forced. A finished row leaves zeros.
     counts_BV: how often each row sampled each token, for the penalties.
     cache: keys and values of all tokens but the last.
     """
 
     budget: BudgetState
     last_B: jax.Array
+    column: jax.Array
     tokens_BM: jax.Array
     logprobs_BM: jax.Array
     forced_BM: jax.Array
     counts_BV: jax.Array
+    cache: Any
+
+
+@struct.dataclass
+class Prompts:
+    """What reading P prompts leaves behind.
+
+    logits_PV: after each prompt. last_P: its last token. cache: keys and values of the prompts alone.
+    """
+
+    logits_PV: jax.Array
+    last_P: jax.Array
     cache: Any
 
 
@@ -60,37 +75,37 @@ def last_place(segment_ids_BT: jax.Array) -> jax.Array:
     return segment_ids_BT.shape[1] - 1 - jnp.argmax(segment_ids_BT[:, ::-1] > 0, axis=1)
 
 
-def prefill(
-    forward: Forward,
-    prompt_BP: jax.Array,
-    there_BP: jax.Array,
-    rows: Rows,
-    budget: BudgetState,
-    markers: Markers,
-    cache: Any,
-    max_new: int,
-) -> DecodeState:
-    """Runs the prompts and writes each row's first token.
+def read_prompts(forward: Forward, prompt_PT: jax.Array, there_PT: jax.Array, cache: Any) -> Prompts:
+    """Runs the prompts through the network.
 
     Args:
-      there_BP: bool, false at padding, on whichever side it is.
-      cache: empty, with at least P slots.
-      max_new: M.
+      there_PT: bool, false at padding, on whichever side it is.
+      cache: empty, with T slots.
     """
-    positions_BP = jnp.maximum(jnp.cumsum(there_BP, axis=1, dtype=jnp.int32) - 1, 0)
-    logits_BV, cache = forward(prompt_BP, positions_BP, there_BP.astype(jnp.int32), cache)
-    batch = prompt_BP.shape[0]
-    last_B = jnp.take_along_axis(prompt_BP, last_place(there_BP)[:, None], axis=1)[:, 0]
+    positions_PT = jnp.maximum(jnp.cumsum(there_PT, axis=1, dtype=jnp.int32) - 1, 0)
+    logits_PV, cache = forward(prompt_PT, positions_PT, there_PT.astype(jnp.int32), cache)
+    last_P = jnp.take_along_axis(prompt_PT, last_place(there_PT)[:, None], axis=1)[:, 0]
+    return Prompts(logits_PV, last_P, cache)
+
+
+def begin(prompts: Prompts, rows: Rows, budget: BudgetState, markers: Markers, columns: int) -> DecodeState:
+    """Writes the first token of each row; row i continues prompt i.
+
+    Args:
+      columns: M.
+    """
+    batch = len(prompts.last_P)
     state = DecodeState(
         budget=budget,
-        last_B=last_B,
-        tokens_BM=jnp.zeros((batch, max_new), jnp.int32),
-        logprobs_BM=jnp.zeros((batch, max_new), jnp.float32),
-        forced_BM=jnp.zeros((batch, max_new), bool),
-        counts_BV=jnp.zeros(logits_BV.shape, jnp.int32),
-        cache=cache,
+        last_B=prompts.last_P,
+        column=jnp.zeros((), jnp.int32),
+        tokens_BM=jnp.zeros((batch, columns), jnp.int32),
+        logprobs_BM=jnp.zeros((batch, columns), jnp.float32),
+        forced_BM=jnp.zeros((batch, columns), bool),
+        counts_BV=jnp.zeros(prompts.logits_PV.shape, jnp.int32),
+        cache=prompts.cache,
     )
-    return write_token(state, logits_BV, rows, markers)
+    return write_token(state, prompts.logits_PV, rows, markers)
 
 
 def write_token(state: DecodeState, logits_BV: jax.Array, rows: Rows, markers: Markers) -> DecodeState:
@@ -101,27 +116,27 @@ def write_token(state: DecodeState, logits_BV: jax.Array, rows: Rows, markers: M
     sampled_B = choose(logits_BV, allowed_BV, state.counts_BV, rows.sampling, position_B)
     # Forcing comes after everything that shapes the distribution, so log-probabilities are taken before all of it.
     total_B = jax.nn.logsumexp(logits_BV, axis=-1)
-    # A sum, not an index: over logits that are sharded along V, an index would gather them all.
+    # A sum, not an index: an index over logits that are sharded along V would all-gather them.
     is_end_V = jnp.arange(logits_BV.shape[-1]) == markers.end_think
     end_prob_B = jnp.exp(jnp.where(is_end_V, logits_BV, 0).sum(axis=-1) - total_B)
     new_budget, token_B, forced_B = advance(budget, sampled_B, state.last_B, end_prob_B, rows.limits, markers)
     logprob_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0] - total_B
 
-    rows_B = jnp.arange(token_B.shape[0])
-    at_B = jnp.where(budget.active_B, budget.written_B, state.tokens_BM.shape[1])  # a finished row writes nowhere
     counted_B = (budget.active_B & ~forced_B).astype(jnp.int32)
 
     def write(buffer_BM: jax.Array, value_B: jax.Array) -> jax.Array:
-        return buffer_BM.at[rows_B, at_B].set(value_B, mode="drop")
+        value_B1 = jnp.where(budget.active_B, value_B, 0).astype(buffer_BM.dtype)[:, None]
+        return jax.lax.dynamic_update_slice_in_dim(buffer_BM, value_B1, state.column, axis=1)
 
     return dataclasses.replace(
         state,
         budget=new_budget,
         last_B=jnp.where(budget.active_B, token_B, state.last_B),
+        column=state.column + 1,
         tokens_BM=write(state.tokens_BM, token_B),
         logprobs_BM=write(state.logprobs_BM, logprob_B),
         forced_BM=write(state.forced_BM, forced_B),
-        counts_BV=state.counts_BV.at[rows_B, token_B].add(counted_B),
+        counts_BV=state.counts_BV.at[jnp.arange(token_B.shape[0]), token_B].add(counted_B),
     )
 
 

@@ -1,88 +1,46 @@
-"""Rows that are refilled while they run: a finished row's place takes the next prompt, the others go on.
+"""Rows that are refilled while they run: a finished row's place takes the next request, the others go on.
 
-The loop is left every few steps. Then finished rows are taken out, new prompts run through a prefill of their own and
-are put in the free places, and the cache is fitted to the rows in flight: its prompt slots to the longest prompt, its
-ring to the longest continuation. Sizes are powers of two, so that programs are few.
+A pool is a surface on which a file of prompts, rollouts or a server each write their own loop:
 
-None of this shows in the tokens of a row: they depend on its own request alone, up to rounding where a near tie
-between two tokens is decided.
+    pool = Pool(config, params, tokens=tokens, rows=64, max_new=1024)
+    for key, request in requests:
+        pool.submit(key, request)
+    while events := pool.step():
+        ...
 
-Shapes: B rows, A rows admitted together, M most tokens written.
+Each step leaves the loop once. Then new prompts run through a prefill of their own and are put in the free places, and
+the cache is fitted to the rows in flight: its prompt slots to the longest prompt, its ring to the longest continuation.
+None of this shows in the tokens of a row: they depend on its own request alone, up to rounding where a near tie between
+two tokens is decided.
+
+Over several processes every one of them must make the same calls in the same order. What a step decides from is
+replicated, so all decide alike.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import itertools
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qwen3_jax.cache import KVCache
 from qwen3_jax.config import ModelConfig
-from qwen3_jax.decode import budget as bud
-from qwen3_jax.decode.batch import prefill_rows, resume
-from qwen3_jax.decode.budget import BudgetState, ThinkingTokens
-from qwen3_jax.decode.layout import lay_out, place_weights, row_axes, state_axes
+from qwen3_jax.decode import programs
 from qwen3_jax.decode.loop import DecodeState, Rows
-from qwen3_jax.decode.pack import BUCKET, Written, check_request, pack, pack_markers, round_up
+from qwen3_jax.decode.opening import check_request
+from qwen3_jax.decode.pack import pack_markers, pack_prompts, pack_rows
+from qwen3_jax.decode.schedule import STEPS, Admission, Event, Load, Reading, Row, Schedule, bucket, max_prefill_rows
+from qwen3_jax.decode.weights import decoding_weights
 from qwen3_jax.model import Qwen3
-from qwen3_jax.ops import cpu
 from qwen3_jax.request import Request, Result
-from sharding import DECODE_RULES, axis_rules, num_parts
-
-Watch = Callable[[Hashable, Callable[[], Result]], bool]
-
-_PREFILL_TOKENS = 16384  # most tokens of one prefill, padding included: bounds its activations
-_FEW = 4  # rows of a prefill that fills single places
+from qwen3_jax.text.thinking import ThinkingTokens
+from sharding import num_parts
 
 _compiled: set[Any] = set()  # programs, by what they do and for which shapes
-
-run_prefill = functools.partial(jax.jit, static_argnames=("model", "max_new"))(prefill_rows)
-
-
-def most_prefill_rows(slots: int, parts: int) -> int:
-    """Rows with prompts of so many slots that are prefilled together, where the mesh splits rows into `parts`."""
-    return max(_PREFILL_TOKENS // slots // parts * parts, parts)
-
-
-@dataclasses.dataclass
-class Load:
-    """What the rows did: `row_steps` of the `steps * rows` places of the loop's steps held a running row.
-
-    admitted: rows that were begun, each with one token from its prefill.
-    """
-
-    rows: int
-    steps: int = 0
-    row_steps: int = 0
-    admitted: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens written."""
-        return self.admitted + self.row_steps
-
-    @property
-    def utilisation(self) -> float:
-        """Share of places in use, 0 to 1."""
-        return self.row_steps / (self.steps * self.rows) if self.steps else 1.0
-
-
-@dataclasses.dataclass
-class _Row:
-    """A place in use."""
-
-    key: Hashable
-    prompt: int
-    max_new: int
-    written: int = 1  # by the prefill
 
 
 class Pool:
@@ -91,7 +49,9 @@ class Pool:
     config, params, tokens, dtype: as for `generate`.
     rows: those of the cache are split over the mesh's batch axes; a number that they do not divide costs copies.
     max_new: most tokens that any request may write.
-    steps: the loop is left after so many.
+    steps: most tokens that a row writes in a step, beside its first.
+    max_prompt: most tokens of any prompt. The cache is then made once for such prompts and `max_new` tokens, and never
+      resized, so that `warm_up` can compile everything beforehand. None fits the cache to the rows in flight.
     announce: called with (what, seconds) for each program that this process compiles.
     """
 
@@ -104,228 +64,169 @@ class Pool:
         rows: int,
         max_new: int,
         dtype: Any = None,
-        steps: int = 32,
+        steps: int = STEPS,
+        max_prompt: int | None = None,
         announce: Callable[[str, float], None] | None = None,
     ) -> None:
-        self._parts = num_parts("attention_batch")
         self._config, self._tokens, self._announce = config, tokens, announce
-        self._params = place_weights(config, params)
-        self._model = Qwen3(config, dtype=dtype)
-        self._markers = jax.device_put(pack_markers(tokens, config.vocab_size))
-        self._max_new, self._steps = _bucket(max_new), steps
-        self._places: list[_Row | None] = [None] * rows
+        self._max_new, self._steps, self._max_prompt = bucket(max_new), steps, max_prompt
+        self._dtype = dtype or params["embed_tokens"].dtype
+        self._params: Any = None
+        self.set_weights(params)
+        self._model = Qwen3(config, dtype=self._dtype)
+        self._markers = programs.replicate(pack_markers(tokens, config.vocab_size))
+        self._parts = num_parts("attention_batch")
+        fixed = None if max_prompt is None else (bucket(max_prompt), self._max_new)
+        self._schedule = Schedule(rows, steps, self._parts, fixed)
         self._state: DecodeState | None = None
         self._rows: Rows | None = None
-        self.load = Load(rows)
+        self._cancelled: set[int] = set()
+
+    def __len__(self) -> int:
+        """Requests in flight or waiting."""
+        return len(self._schedule)
 
     @property
-    def free(self) -> int:
-        """Places without a row."""
-        return self._places.count(None)
+    def load(self) -> Load:
+        """What the rows did."""
+        return self._schedule.load
 
-    def run(
-        self, requests: Iterable[tuple[Hashable, Request]], watch: Watch | None = None
-    ) -> Iterator[list[tuple[Hashable, Result]]]:
-        """Decodes all requests. Each time that the loop is left it yields the `(key, result)` of the rows that
-        finished, if any did. Requests are taken as places become free; long prompts are best put first.
-
-        Args:
-          watch: called with each running row, and a function for its result so far, whenever the loop is left; true
-            ends the row there.
+    def submit(self, key: Hashable, request: Request) -> None:
+        """Adds a request; it is begun by the first step that has a place for it. Long prompts are best put first.
 
         Raises:
-          ValueError: `field: value; what would fit`, of a request.
+          ValueError: `field: value; what would fit`. The rows in flight go on.
         """
-        waiting = iter(requests)
-        finished: list[tuple[Hashable, Result]] = []
-        while True:
-            self._admit(list(itertools.islice(waiting, self.free)))
-            busy = self.free < len(self._places)
-            if busy:
-                self._launch()
-            yield finished  # whoever takes them works while the device does
-            if not busy:
-                return
-            finished = self._collect(watch)
+        limit = check_request(request, self._config, self._tokens)
+        if limit > self._max_new:
+            raise ValueError(f"max_new_tokens: {request.max_new_tokens}; at most {self._max_new} fits this pool")
+        length = len(request.prompt_ids)
+        if self._max_prompt is not None and length > self._max_prompt:
+            raise ValueError(f"prompt_ids: {length} tokens; at most {self._max_prompt} fit this pool")
+        self._schedule.submit(Row(key, request, limit))
 
-    def _admit(self, requests: Sequence[tuple[Hashable, Request]]) -> None:
-        """Prefills the requests and puts them in free places."""
-        new = []
-        for key, request in requests:
-            limit = check_request(request, self._config, self._tokens)
-            if limit > self._max_new:
-                raise ValueError(f"max_new_tokens: {request.max_new_tokens}; at most {self._max_new} fits this pool")
-            new.append((_Row(key, len(request.prompt_ids), limit), request))
-        self.load.admitted += len(new)
-        free = (place for place, row in enumerate(self._places) if row is None)
-        placed = [(next(free), row, request) for row, request in new]
-        for place, row, _ in placed:
-            self._places[place] = row
+    def cancel(self, key: Hashable) -> Result | None:
+        """Ends a request where it is; returns what it has written, None if it has not begun or is not there."""
+        place, result = self._schedule.cancel(key)
+        if place is not None:
+            self._cancelled.add(place)
+        return result
+
+    def set_weights(self, params: Any) -> None:
+        """Other weights of the same model, in any layout that `decoding_weights` takes, from the next step on.
+
+        Rows in flight go on over the keys and values that the old weights made. Every set of one layout runs the same
+        program. The old weights are dropped first: at most both layouts are in memory.
+        """
+        if self._params is not None:
+            self._schedule.forget_prompts()
+        self._params = None
+        self._params = decoding_weights(self._config, params, self._dtype)
+
+    def step(self) -> list[Event]:
+        """Begins waiting requests where places are free, and writes up to `steps` tokens in each row.
+
+        Returns:
+          An event for each row in flight; none when there is nothing to do.
+        """
+        self._end_cancelled()
+        admissions = self._schedule.admissions()
+        if not any(self._schedule.places):
+            return []
         self._fit_cache()
+        first = [(admission, self._admit(admission)) for admission in admissions]
+        written = self._decode(self._steps)
+        first, written = jax.device_get(([tokens for _, tokens in first], written))
+        return self._schedule.record(list(zip(admissions, first, strict=True)), written)
 
-        def slots_of(item: tuple[int, _Row, Request]) -> int:
-            return _bucket(item[1].prompt)
+    def warm_up(self) -> None:
+        """Compiles every program that the pool will run, so that no step has to.
 
-        for slots, group in itertools.groupby(sorted(placed, key=slots_of), key=slots_of):
-            waiting = list(group)
-            while waiting:
-                size = self._prefill_size(len(waiting), slots)
-                self._prefill(waiting[:size], slots, size)
-                waiting = waiting[size:]
+        Raises:
+          ValueError: `max_prompt` was not given; the shapes then follow the requests.
+        """
+        if self._max_prompt is None:
+            raise ValueError("max_prompt: None; the longest prompt, given to the pool, fits")
+        self._fit_cache()
+        row = Row(None, Request((0,), max_new_tokens=1), 1)
+        few, every = self._schedule.sizes()
+        beyond = len(self._schedule.places)  # no place: the row is dropped
+        slots = bucket(1)
+        while slots <= bucket(self._max_prompt):
+            for size in {min(size, max_prefill_rows(slots, self._parts)) for size in (few, every)}:
+                for count in {few, every}:
+                    self._admit(Admission(Reading([(0,)], slots, size), [row], [0], [beyond], count))
+            slots *= 2
+        self._decode(0)
+        self._cancelled.add(beyond)
+        self._end_cancelled()
 
-    def _prefill_size(self, waiting: int, slots: int) -> int:
-        """Rows of one prefill: one of two sizes for each prompt length, so that programs are few."""
-        few = min(round_up(_FEW, self._parts), len(self._places))
-        return min(few if waiting <= few else len(self._places), most_prefill_rows(slots, self._parts))
+    def _decode(self, steps: int) -> Any:
+        """Enters the loop for so many steps; returns what it wrote."""
+        assert self._state is not None
+        column: Any = np.int32(0)  # a host scalar goes to the devices of every process
+        state = dataclasses.replace(self._state, column=column)
+        with self._compiling("decoding", self._shape):
+            self._state, written = programs.resume(
+                self._params, state, self._rows, self._markers, np.int32(steps), model=self._model
+            )
+        return written
 
-    def _prefill(self, admitted: Sequence[tuple[int, _Row, Request]], slots: int, size: int) -> None:
-        limits = [row.max_new for _, row, _ in admitted]
-        requests = [request for _, _, request in admitted]
-        spare = size - len(admitted)  # repeats of the first row, put nowhere
-        packed = pack(
-            requests + requests[:1] * spare,
-            limits + limits[:1] * spare,
-            self._config,
-            self._tokens,
-            prompt_slots=slots,
-        )
-        places: Any = np.array([place for place, _, _ in admitted] + [len(self._places)] * spare, np.int32)
-        with self._compiling("prefill", f"{size} x {slots}"):
-            new = run_prefill(self._params, packed, self._markers, model=self._model, max_new=self._max_new)
-        with self._compiling("admission", f"{size} x {slots} to {self._shape}"):
-            self._state, self._rows = _put(self._state, self._rows, new, packed.rows, places)
+    def _admit(self, admission: Admission) -> Any:
+        """Reads the prompts, unless that was done for an earlier admission, and puts the rows in their places."""
+        reading, rows, sources, places, size = admission
+        if reading.made is None:
+            spare = [reading.prompts[0]] * (reading.size - len(reading.prompts))
+            prompts = pack_prompts([*reading.prompts, *spare], reading.slots)
+            with self._compiling("prefill", f"{reading.size} x {reading.slots}"):
+                reading.made = programs.prefill(self._params, *prompts, model=self._model)
+        spare_rows = size - len(rows)  # repeats of the first row, put nowhere
+        padded = [*rows, *rows[:1] * spare_rows]
+        new = pack_rows([row.request for row in padded], [row.limit for row in padded], self._config, self._tokens)
+        at: Any = np.array([*places, *[len(self._schedule.places)] * spare_rows], np.int32)
+        source: Any = np.array([*sources, *[0] * spare_rows], np.int32)
+        with self._compiling("admission", f"{size} of {reading.size} x {reading.slots} to {self._shape}"):
+            self._state, self._rows, first = programs.admit(
+                self._state, self._rows, reading.made, source, *new, self._markers, at
+            )
+        return first
 
     def _fit_cache(self) -> None:
         """Makes the cache hold what the rows in flight need until the loop is left again."""
-        rows = [row for row in self._places if row is not None]
-        if not rows:
+        cache = None if self._state is None else self._state.cache
+        now = None if cache is None else (cache.prompt_slots, cache.ring_slots)
+        slots = self._schedule.cache_slots(now)
+        if slots is None or slots == now:
             return
-        prompt = max(_bucket(row.prompt) for row in rows)
-        ring = max(_bucket(min(row.written + self._steps, row.max_new)) for row in rows)
         if self._state is None:
-            with self._compiling("start", f"{len(self._places)} x ({prompt} + {ring})"):
-                self._state, self._rows = empty_state(
-                    self._params,
-                    *template(self._config, self._tokens),
-                    model=self._model,
-                    rows=len(self._places),
-                    slots=(prompt, ring),
-                    max_new=self._max_new,
+            rows = len(self._schedule.places)
+            with self._compiling("start", f"{rows} x ({slots[0]} + {slots[1]})"):
+                template = programs.template(self._config, self._tokens)
+                self._state, self._rows = programs.empty_state(
+                    *template, model=self._model, rows=rows, slots=slots, columns=bucket(self._steps)
                 )
             return
-        cache = self._state.cache
-        # Shrinking too has its price, a copy and perhaps a program: it waits until three quarters are unused.
-        prompt = cache.prompt_slots if cache.prompt_slots // 4 < prompt <= cache.prompt_slots else prompt
-        ring = cache.ring_slots if cache.ring_slots // 4 < ring <= cache.ring_slots else ring
-        if (prompt, ring) != (cache.prompt_slots, cache.ring_slots):
-            with self._compiling("resizing", f"{self._shape} to {prompt} + {ring}"):
-                self._state = dataclasses.replace(self._state, cache=_resize(cache, slots=(prompt, ring)))
+        with self._compiling("resizing", f"{self._shape} to {slots[0]} + {slots[1]}"):
+            self._state = dataclasses.replace(self._state, cache=programs.resize(self._state.cache, slots=slots))
 
-    def _launch(self) -> None:
-        with self._compiling("decoding", self._shape):
-            steps = np.int32(self._steps)
-            self._state = resume(self._params, self._state, self._rows, self._markers, steps, model=self._model)
-
-    def _collect(self, watch: Watch | None) -> list[tuple[Hashable, Result]]:
-        """Waits for the loop, and takes out the rows that are done."""
-        assert self._state is not None
-        active, written = jax.device_get((self._state.budget.active_B, self._state.budget.written_B))
-        in_use = [(place, row) for place, row in enumerate(self._places) if row is not None]
-        steps = [int(written[place]) - row.written for place, row in in_use]
-        self.load.steps += max(steps)
-        self.load.row_steps += sum(steps)
-        for place, row in in_use:
-            row.written = int(written[place])
-        so_far = Written(self._state)
-        done = []
-        for place, row in in_use:
-            ended = watch is not None and watch(row.key, functools.partial(so_far.result, place))
-            if ended or not active[place]:
-                done.append((place, row))
-        finished = [(row.key, so_far.result(place)) for place, row in done]
-        places = [place for place, _ in done]
-        if active[places].any():
-            self._state = _end(self._state, np.isin(np.arange(len(self._places)), places))
-        for place in places:
-            self._places[place] = None
-        return finished
+    def _end_cancelled(self) -> None:
+        if self._cancelled and self._state is not None:
+            ended = np.isin(np.arange(len(self._schedule.places)), list(self._cancelled))
+            self._state = dataclasses.replace(self._state, budget=programs.end(self._state.budget, ended))
+        self._cancelled.clear()
 
     @property
     def _shape(self) -> str:
         assert self._state is not None
-        return f"{len(self._places)} x ({self._state.cache.prompt_slots} + {self._state.cache.ring_slots})"
+        cache = self._state.cache
+        return f"{len(self._schedule.places)} x ({cache.prompt_slots} + {cache.ring_slots})"
 
     @contextlib.contextmanager
     def _compiling(self, what: str, shapes: str) -> Iterator[None]:
         """Announces how long the first dispatch of a program takes in this process, which is its compilation."""
         start = time.perf_counter()
         yield
-        program = (what, shapes, self._model, self._max_new, jax.sharding.get_abstract_mesh())
+        program = (what, shapes, self._model, bucket(self._steps), jax.sharding.get_abstract_mesh())
         if program not in _compiled and self._announce is not None:
             self._announce(f"{what} {shapes}", time.perf_counter() - start)
         _compiled.add(program)
-
-
-def _bucket(n: int) -> int:
-    """The least power of two that holds `n`, at least BUCKET."""
-    return max(BUCKET, 1 << (n - 1).bit_length())
-
-
-def template(config: ModelConfig, tokens: ThinkingTokens) -> tuple[Rows, BudgetState]:
-    """Settings and state of one row, for their shapes."""
-    packed = pack([Request((0,), max_new_tokens=1)], [1], config, tokens, prompt_slots=1)
-    return packed.rows, packed.budget
-
-
-@functools.partial(jax.jit, static_argnames=("model", "rows", "slots", "max_new"))
-@axis_rules(DECODE_RULES)
-def empty_state(
-    params: Any, settings: Rows, budget: Any, *, model: Qwen3, rows: int, slots: tuple[int, int], max_new: int
-) -> tuple[DecodeState, Rows]:
-    """`rows` finished rows, with the shapes of `settings` and `budget`, which are of one row.
-
-    Args:
-      slots: of the cache, for the prompts and the ring.
-    """
-    dtype = cpu.cache_dtype(model.dtype or params["embed_tokens"].dtype)
-    settings, budget = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), (settings, budget))
-    state = DecodeState(
-        budget=budget.replace(phase_B=jnp.full(rows, bud.DONE, jnp.int32)),
-        last_B=jnp.zeros(rows, jnp.int32),
-        tokens_BM=jnp.zeros((rows, max_new), jnp.int32),
-        logprobs_BM=jnp.zeros((rows, max_new), jnp.float32),
-        forced_BM=jnp.zeros((rows, max_new), bool),
-        counts_BV=jnp.zeros((rows, model.config.vocab_size), jnp.int32),
-        cache=KVCache.create(model.config, rows, slots[0], dtype, slots[1]),
-    )
-    return lay_out(state, state_axes(state)), lay_out(settings, row_axes(settings))
-
-
-@functools.partial(jax.jit, donate_argnames=("state", "rows"))
-@axis_rules(DECODE_RULES)
-def _put(
-    state: DecodeState, rows: Rows, new_state: DecodeState, new_rows: Rows, places_A: jax.Array
-) -> tuple[DecodeState, Rows]:
-    """New rows in these places; those for a place that is not there are left out."""
-
-    def put(old: Any, new: Any) -> Any:
-        return jax.tree.map(lambda x, y: x.at[places_A].set(y, mode="drop"), old, new)
-
-    bare, new_bare = (dataclasses.replace(s, cache=None) for s in (state, new_state))
-    state = dataclasses.replace(put(bare, new_bare), cache=state.cache.admit(new_state.cache, places_A))
-    return lay_out(state, state_axes(state)), lay_out(put(rows, new_rows), row_axes(rows))
-
-
-@functools.partial(jax.jit, static_argnames="slots")
-@axis_rules(DECODE_RULES)
-def _resize(cache: KVCache, *, slots: tuple[int, int]) -> KVCache:
-    resized = cache.resize(*slots)
-    return lay_out(resized, resized.axes)
-
-
-@functools.partial(jax.jit, donate_argnames="state")
-def _end(state: DecodeState, ended_B: jax.Array) -> DecodeState:
-    """These rows are over, by their own end or by another's decision."""
-    budget = state.budget
-    phase_B = jnp.where(ended_B, bud.DONE, budget.phase_B)
-    return dataclasses.replace(state, budget=dataclasses.replace(budget, phase_B=phase_B))

@@ -48,7 +48,9 @@ def budget_curve(
     # The thought, the stop text, and 12 tokens for markers, newlines and the answer.
     max_new_tokens = longest + len(engine.tokens.stop_ids) + 12
     requests = [
-        engine.request({"prompt": problem.question, "max_new_tokens": max_new_tokens, "seed": seed + i, **fields})
+        engine.prompt(
+            {"prompt": problem.question, "max_new_tokens": max_new_tokens, "seed": seed + i, **fields}
+        ).request
         for fields in settings
         for i, problem in enumerate(problems)
     ]
@@ -56,7 +58,7 @@ def budget_curve(
     points = []
     for i, fields in enumerate(settings):
         part = results[i * len(problems) : (i + 1) * len(problems)]
-        answers = [engine.response(result)["content"] for result in part]
+        answers = [engine.reader.record(result)["content"] for result in part]
         correct = sum(answer == problem.answer for answer, problem in zip(answers, problems, strict=True))
         points.append(
             Point(

@@ -1,120 +1,180 @@
-"""Losses, in float32.
+"""Log-probabilities and losses, in float32.
 
 Shapes: B batch, T tokens, D hidden_size, V vocabulary, N tokens of a chunk, E experts, X any axes (layers, rows).
+
+Logits [B, T, V] are the largest array of a training step by far, so they exist for a chunk of N tokens at a time. A
+chunk is recomputed, or its gradient is taken at once; no chunk is kept. On a mesh one device has this part of a chunk:
+
+    hidden_ND   the device's own tokens (axes "batch" and "length")
+    head_VD     its rows of the vocabulary (axis "vocab"), all-gathered over "embed" once for all chunks
+    logits_NV   its tokens by its rows; a softmax over V is global after a pmax and a psum of [N] over "vocab"
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from qwen3_jax.ops import cpu
-from sharding import partition_spec, split_axes
+from sharding import partition_spec, spec_axes
 
-_HEAD_AXES = ("vocab", "embed")
 _CHUNK_BYTES = 2**31  # of float32 logits at a time, on each device
+
+
+class TokenScores(NamedTuple):
+    """How the model rates given tokens. Float32 [B, T] each, in nats.
+
+    logprob: log-probability of the target. entropy: of the distribution that the target is from.
+    is_best: 1 where no token is more probable than the target, else 0; it has no gradient.
+    """
+
+    logprob: jax.Array
+    entropy: jax.Array
+    is_best: jax.Array
+
+
+_Cotangents = tuple[jax.Array, jax.Array | None]  # of logprob and entropy
+
+
+@jax.custom_vjp
+def token_logprobs(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> TokenScores:
+    """What softmax(hidden head^T) gives to the targets; differentiable by `hidden_BTD` and `head_VD`.
+
+    The backward pass computes the logits a second time, chunk by chunk.
+    """
+    return _on_mesh(hidden_BTD, head_VD, targets_BT, None)[0]
+
+
+def _logprobs_forward(*inputs: Any) -> tuple[TokenScores, Any]:
+    return token_logprobs(*inputs), inputs
+
+
+def _logprobs_backward(inputs: Any, of_scores: TokenScores) -> tuple[jax.Array, jax.Array, None]:
+    hidden_BTD, head_VD, targets_BT = inputs
+    _, gradients = _on_mesh(hidden_BTD, head_VD, targets_BT, (of_scores.logprob, of_scores.entropy))
+    return *gradients, None
+
+
+token_logprobs.defvjp(_logprobs_forward, _logprobs_backward)
 
 
 @jax.custom_vjp
 def linear_cross_entropy(
     hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of the logits `hidden head^T`, and how often the target has the largest: two sums over all tokens,
-    each times its weight, float32 [].
+    """`(cross-entropy, how often the target is the most probable token)`: two sums over all tokens of all devices, each
+    token times its weight, float32 [].
 
-    The logits, the largest array of a training step by far, exist for a chunk of tokens at a time, and once: their
-    gradients are taken where they are made. (The plain form would keep them, or compute them twice.) On a mesh the head
-    is gathered over its "embed" axis for all chunks together, and its gradient is scattered back once. `weights_BT` has
-    no gradient.
+    The sums of `token_logprobs`, for three products with the head in place of four: cotangents are known to be the
+    weights, so each chunk's gradient is taken while its logits are there. `weights_BT` has no gradient.
     """
-    return _on_mesh(hidden_BTD, head_VD, targets_BT, weights_BT, gradient=False)[0]
+    return _weighted_sums(token_logprobs(hidden_BTD, head_VD, targets_BT), weights_BT)
 
 
-def _forward(
-    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    sums, gradients = _on_mesh(hidden_BTD, head_VD, targets_BT, weights_BT, gradient=True)
-    assert gradients is not None
-    return sums, gradients
+def _cross_entropy_forward(*inputs: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    hidden_BTD, head_VD, targets_BT, weights_BT = inputs
+    scores, gradients = _on_mesh(hidden_BTD, head_VD, targets_BT, (-weights_BT, None))
+    return _weighted_sums(scores, weights_BT), gradients
 
 
-def _backward(
+def _cross_entropy_backward(
     gradients: tuple[jax.Array, jax.Array], of_sums: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, None, None]:
     of_hidden_BTD, of_head_VD = gradients
-    of_loss, _ = of_sums
-    return (of_hidden_BTD * of_loss).astype(of_hidden_BTD.dtype), of_head_VD * of_loss, None, None
+    return (of_hidden_BTD * of_sums[0]).astype(of_hidden_BTD.dtype), of_head_VD * of_sums[0], None, None
 
 
-linear_cross_entropy.defvjp(_forward, _backward)
+linear_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _weighted_sums(scores: TokenScores, weights_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Sums over global arrays whose rows are sharded: these are the all-reduce over the devices' tokens.
+    return -(scores.logprob * weights_BT).sum(), (scores.is_best * weights_BT).sum()
 
 
 def _on_mesh(
-    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, gradient: bool
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array] | None]:
-    """The two sums and, if asked for, the gradients of the first by `hidden_BTD` and `head_VD`."""
-    local = functools.partial(_local, gradient=gradient)
+    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, cotangents: _Cotangents | None
+) -> tuple[TokenScores, Any]:
+    """The scores and, given their cotangents, the gradients by `hidden_BTD` and `head_VD`."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return local(hidden_BTD, head_VD, targets_BT, weights_BT)
     tokens = partition_spec(("batch", "length"), mesh, targets_BT.shape)
-    hidden = partition_spec(("batch", "length", None), mesh, hidden_BTD.shape)
-    head = partition_spec(_HEAD_AXES, mesh, head_VD.shape)
-    none = jax.sharding.PartitionSpec()
-    out_specs = ((none, none), (hidden, head) if gradient else None)
-    split = jax.shard_map(local, in_specs=(hidden, head, tokens, tokens), out_specs=out_specs, check_vma=False)
-    return split(hidden_BTD, head_VD, targets_BT, weights_BT)
+    token_axes = spec_axes(tokens)
+    # A token's logits must be on devices that hold the same tokens, and the parts of a gathered head on devices that
+    # hold others: the sums in `_local` then have each token and each part of the head once, whatever the axis rules.
+    head_axes = partition_spec(("vocab", "embed"), mesh, head_VD.shape)
+    vocab = tuple(axis for axis in spec_axes(head_axes[:1]) if axis not in token_axes)
+    embed = tuple(axis for axis in spec_axes(head_axes[1:]) if axis in token_axes)
+    local = functools.partial(_local, vocab=vocab, embed=embed, token_axes=token_axes)
+    if mesh.empty:
+        return local(hidden_BTD, head_VD, targets_BT, cotangents)
+    hidden, head = jax.sharding.PartitionSpec(*tokens, None), jax.sharding.PartitionSpec(vocab, embed)
+    split = jax.shard_map(
+        local,
+        in_specs=(hidden, head, tokens, tokens),
+        out_specs=(tokens, None if cotangents is None else (hidden, head)),
+        check_vma=False,
+    )
+    return split(hidden_BTD, head_VD, targets_BT, cotangents)
 
 
 def _local(
-    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, gradient: bool
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array] | None]:
-    """`_on_mesh` for the tokens and the part of the head of one device."""
-    dtype, embed, vocab = hidden_BTD.dtype, split_axes("embed"), split_axes("vocab")
-    token_axes = split_axes("batch") + split_axes("length")
-    weight_VD = head_VD.astype(dtype)
-    if embed:
-        weight_VD = jax.lax.all_gather(weight_VD, embed, axis=1, tiled=True)
-    rows = jnp.arange(len(weight_VD)) + (jax.lax.axis_index(vocab) * len(weight_VD) if vocab else 0)
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    cotangents: _Cotangents | None,
+    *,
+    vocab: tuple[str, ...],
+    embed: tuple[str, ...],
+    token_axes: tuple[str, ...],
+) -> tuple[TokenScores, Any]:
+    """`_on_mesh` for the tokens and the part of the head of one device. Collectives over no axis do nothing."""
+    dtype = hidden_BTD.dtype
+    weight_VD = jax.lax.all_gather(head_VD.astype(dtype), embed, axis=1, tiled=True)
+    ids_V = jax.lax.axis_index(vocab) * len(weight_VD) + jnp.arange(len(weight_VD))
 
-    def chunk(
-        of_head_VD: jax.Array, tokens: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array | None]]:
-        x_ND, target_N, weight_N = tokens
+    def chunk(of_head_VD: jax.Array, tokens: Any) -> tuple[jax.Array, tuple[TokenScores, jax.Array | None]]:
+        x_ND, target_N, cotangents = tokens
         logits_NV = jnp.einsum("ND,VD->NV", x_ND, weight_VD, preferred_element_type=jnp.float32)
-        is_target_NV = target_N[:, None] == rows
-        largest_N = logits_NV.max(axis=1)
-        peak_N = jax.lax.pmax(largest_N, vocab) if vocab else largest_N
-        exp_NV = jnp.exp(logits_NV - peak_N[:, None])
-        total_N, of_target_N = exp_NV.sum(axis=1), jnp.where(is_target_NV, logits_NV, 0).sum(axis=1)
-        if vocab:
-            total_N, of_target_N = jax.lax.psum((total_N, of_target_N), vocab)
-        loss = ((jnp.log(total_N) + peak_N - of_target_N) * weight_N).sum()
-        best = ((of_target_N >= peak_N) * weight_N).sum()
-        if not gradient:
-            return of_head_VD, (loss, best, None)
-        of_logits_NV = (exp_NV / total_N[:, None] - is_target_NV) * weight_N[:, None]
+        is_target_NV = target_N[:, None] == ids_V
+        peak_N = jax.lax.pmax(logits_NV.max(axis=1), vocab)
+        shifted_NV = logits_NV - peak_N[:, None]
+        exp_NV = jnp.exp(shifted_NV)
+        sums = exp_NV.sum(axis=1), (exp_NV * shifted_NV).sum(axis=1), jnp.where(is_target_NV, logits_NV, 0).sum(axis=1)
+        # From here on softmax is over the whole vocabulary: this is the all-reduce over the parts of the head.
+        total_N, shifted_N, target_logit_N = jax.lax.psum(sums, vocab)
+        log_total_N = jnp.log(total_N)
+        entropy_N = log_total_N - shifted_N / total_N
+        is_best_N = (target_logit_N >= peak_N).astype(jnp.float32)
+        scores = TokenScores(target_logit_N - (log_total_N + peak_N), entropy_N, is_best_N)
+        if cotangents is None:
+            return of_head_VD, (scores, None)
+        of_logprob_N, of_entropy_N = cotangents
+        probs_NV = exp_NV / total_N[:, None]
+        of_logits_NV = (is_target_NV - probs_NV) * of_logprob_N[:, None]
+        if of_entropy_N is not None:  # dH/dlogit = -p (log p + H)
+            log_probs_NV = shifted_NV - log_total_N[:, None]
+            of_logits_NV -= probs_NV * (log_probs_NV + entropy_N[:, None]) * of_entropy_N[:, None]
         of_logits_NV = cpu.write_once(of_logits_NV.astype(dtype))
         of_head_VD += jnp.einsum("NV,ND->VD", of_logits_NV, x_ND, preferred_element_type=jnp.float32)
-        return of_head_VD, (loss, best, of_logits_NV @ weight_VD)
+        return of_head_VD, (scores, of_logits_NV @ weight_VD)
 
-    tokens = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), targets_BT.reshape(-1), weights_BT.reshape(-1)
-    chunks = _num_chunks(targets_BT.size, len(weight_VD))
-    tokens = jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[1:]), tokens)
-    of_head_VD, parts = jax.lax.scan(chunk, jnp.zeros(weight_VD.shape if gradient else (), jnp.float32), tokens)
-    loss, best, of_hidden = parts
-    sums = jax.tree.map(lambda x: jax.lax.psum(x.sum(), token_axes), (loss, best))
-    if of_hidden is None:
-        return sums, None
-    if vocab:
-        of_hidden = jax.lax.psum(of_hidden, vocab)
-    of_head_VD = of_head_VD.astype(dtype)
-    if embed:
-        of_head_VD = jax.lax.psum_scatter(of_head_VD, embed, scatter_dimension=1, tiled=True)
+    rows, length = targets_BT.shape
+    chunks = _num_chunks(rows * length, len(weight_VD))
+    tokens = jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[2:]), (hidden_BTD, targets_BT, cotangents))
+    of_head_VD = jnp.zeros(weight_VD.shape if cotangents else (), jnp.float32)  # chunks add up in float32
+    of_head_VD, results = jax.lax.scan(chunk, of_head_VD, tokens)
+    scores, of_hidden_BTD = jax.tree.map(lambda x: x.reshape(rows, length, *x.shape[2:]), results)
+    if cotangents is None:
+        return scores, None
+    # The gradient of a token is a sum over the vocabulary, whose parts are on several devices: an all-reduce. That of
+    # the head is a sum over all tokens: a reduce-scatter (the transpose of the all-gather), an all-reduce for the rest.
+    of_hidden_BTD = jax.lax.psum(of_hidden_BTD, vocab)
+    of_head_VD = jax.lax.psum_scatter(of_head_VD.astype(dtype), embed, scatter_dimension=1, tiled=True)
     of_head_VD = jax.lax.psum(of_head_VD, tuple(axis for axis in token_axes if axis not in embed))
-    return sums, (of_hidden.reshape(hidden_BTD.shape), of_head_VD.astype(head_VD.dtype))
+    return scores, (of_hidden_BTD, of_head_VD.astype(head_VD.dtype))
 
 
 def _num_chunks(tokens: int, vocab: int) -> int:

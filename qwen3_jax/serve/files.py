@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -12,11 +13,14 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3_jax.decode import Pool, Result
-from qwen3_jax.serve.engine import Engine, Job
-from qwen3_jax.serve.output import Output
+import numpy as np
+
+from qwen3_jax.decode import Result
+from qwen3_jax.serve.answer_file import AnswerFile
+from qwen3_jax.serve.engine import Engine
+from qwen3_jax.text.prompt import Prompt
 from qwen3_jax.text.records import parse_record
-from sharding import num_parts
+from sharding import from_first_process, num_parts
 
 
 @dataclasses.dataclass
@@ -72,7 +76,7 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-    """Where a line stands in the file, and the sizes that batching needs."""
+    """Where a line stands in the file; its id as JSON, its prompt's tokens and the most that it may write."""
 
     number: int
     offset: int
@@ -82,8 +86,8 @@ class _Line:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """Which answer to which line; `answer` is the line's own, to compare with."""
+class _Sample:
+    """Which answer to which line; `answer` is the line's own, copied into the output."""
 
     line: _Line
     sample: int
@@ -102,6 +106,7 @@ def decode_file(
     logprobs: bool = False,
     strict: bool = False,
     part: tuple[int, int] = (0, 1),
+    writes: bool = True,
     report: Callable[[Tally], None] = lambda tally: None,
     announce: Callable[[str], None] = lambda text: None,
 ) -> Tally:
@@ -110,13 +115,16 @@ def decode_file(
     Answers that `target` holds already are kept and not decoded again. A line that cannot be answered becomes
     `{"id", "line", "error"}`, with id null where none could be read, and the others go on.
 
+    Where one model spans several processes, all of them call this alike, and `source` is the same file for each.
+
     Args:
-      settings: what the answers depend on besides the input file, see `Output`.
+      settings: what the answers depend on besides the input file, see `AnswerFile`.
       rows: places that decode together.
       samples: answers to each line, numbered from the line's `sample` on.
       logprobs: adds `logprobs` and `forced` to each answer.
       strict: refuse the whole file for one bad line, before anything is decoded.
       part: `(i, n)` answers the i-th of n shares of the lines.
+      writes: whether this process writes `target`; if not, it takes from process 0 which answers are there.
       report: called whenever the loop is left. announce: called with lines for the log.
 
     Raises:
@@ -124,17 +132,23 @@ def decode_file(
     """
     if not source.is_file():
         raise ValueError(f"input: {str(source)!r} does not exist; a JSONL file fits")
-    if target.exists() and target.samefile(source):
+    if writes and target.exists() and target.samefile(source):
         raise ValueError(f"output: {str(target)!r} is the input; another file fits")
     lines, errors, digest = _index(engine, source, defaults, samples, strict, part)
     tally = Tally(prompts=len(lines), samples=len(lines) * samples, errors=len(errors))
-    with Output(target, {**settings, "samples": samples, "input_sha256": digest}) as output:
-        for error in errors:
-            if error["line"] not in output.refused:
-                output.write(error)
-        waiting = [
-            (line, sample) for line in lines for sample in range(samples) if (line.key, sample) not in output.done
-        ]
+    asked = [(line, sample) for line in lines for sample in range(samples)]
+    with contextlib.ExitStack() as stack:
+        output = None
+        if writes:
+            recorded = {**settings, "samples": samples, "input_sha256": digest}
+            output = stack.enter_context(AnswerFile(target, recorded))
+            for error in errors:
+                if error["line"] not in output.refused:
+                    output.write(error)
+        done = [output is not None and (line.key, sample) in output.done for line, sample in asked]
+        if part == (0, 1):
+            done = _agree(source, digest, done)
+        waiting = [item for item, is_done in zip(asked, done, strict=True) if not is_done]
         tally.resumed = tally.samples - len(waiting)
         if not waiting:
             return tally
@@ -150,56 +164,50 @@ def decode_file(
         while rows >= 2 * max(len(waiting), parts) and rows % (2 * parts) == 0:
             rows //= 2  # a short file does not need all the places
         pool = engine.pool(rows, max(line.limit for line, _ in waiting), announce=compiled)
-        with source.open("rb") as file:
-            _decode(engine, pool, _jobs(engine, file, waiting, defaults), output, tally, logprobs, report)
+        file = stack.enter_context(source.open("rb"))
+        start = time.perf_counter()
+        for finished in engine.run(pool, _prompts(engine, file, waiting, defaults)):
+            for key, prompt, result in finished:
+                assert isinstance(key, _Sample)
+                if output is not None:
+                    output.write(_record(engine, key, prompt, result, logprobs))
+                tally.add(result)
+            tally.seconds = time.perf_counter() - start
+            tally.slot_utilisation = pool.load.utilisation
+            tally.tokens = pool.load.tokens
+            report(tally)
     return tally
 
 
-def _decode(
-    engine: Engine,
-    pool: Pool,
-    jobs: Iterator[tuple[Hashable, Job]],
-    output: Output,
-    tally: Tally,
-    logprobs: bool,
-    report: Callable[[Tally], None],
-) -> None:
-    start = time.perf_counter()
-    for finished in engine.run(pool, jobs):
-        for key, job, result in finished:
-            assert isinstance(key, _Place)
-            record = {"id": json.loads(key.line.key), "line": key.line.number, "sample": key.sample}
-            record |= engine.response(result, job)
-            if key.answer is not None:
-                record["answer"] = key.answer
-            if logprobs:
-                record["logprobs"] = [round(value, 6) for value in result.logprobs]
-                record["forced"] = [int(value) for value in result.forced]
-            output.write(record)
-            tally.add(result)
-        tally.seconds = time.perf_counter() - start
-        tally.slot_utilisation = pool.load.utilisation
-        tally.tokens = pool.load.tokens
-        report(tally)
+def _agree(source: Path, digest: str, done: list[bool]) -> list[bool]:
+    """Which answers process 0 holds, on every process of one model; refuses another input than that of process 0."""
+    if from_first_process(np.frombuffer(bytes.fromhex(digest), np.uint8)).tobytes().hex() != digest:
+        raise ValueError(f"input: {str(source)!r} is another file than that of process 0; the same on all of them fits")
+    return [bool(value) for value in from_first_process(np.array(done, np.bool_))]
 
 
-def _jobs(
+def _record(engine: Engine, key: _Sample, prompt: Prompt, result: Result, logprobs: bool) -> dict[str, Any]:
+    record = {"id": json.loads(key.line.key), "line": key.line.number, "sample": key.sample}
+    record |= engine.reader.record(result, prompt)
+    if key.answer is not None:
+        record["answer"] = key.answer
+    if logprobs:
+        record["logprobs"] = [round(value, 6) for value in result.logprobs]
+        record["forced"] = [int(value) for value in result.forced]
+    return record
+
+
+def _prompts(
     engine: Engine, file: Any, waiting: list[tuple[_Line, int]], defaults: Mapping[str, Any]
-) -> Iterator[tuple[Hashable, Job]]:
+) -> Iterator[tuple[Hashable, Prompt]]:
     """Reads each line again when its turn comes, once for all its samples: the file's requests need not fit into
     memory."""
-    for line, places in itertools.groupby(waiting, key=lambda item: item[0]):
+    for line, items in itertools.groupby(waiting, key=lambda item: item[0]):
         file.seek(line.offset)
         record = _parse(file.readline())
-        job = engine.job(record, defaults)
-        for _, sample in places:
-            yield _Place(line, sample, record.get("answer")), _sample(job, sample)
-
-
-def _sample(job: Job, number: int) -> Job:
-    """The job's sample `number` after the one that it asks for."""
-    request = dataclasses.replace(job.request, sample=job.request.sample + number)
-    return dataclasses.replace(job, request=request)
+        prompt = engine.prompt(record, defaults)
+        for _, sample in items:
+            yield _Sample(line, sample, record.get("answer")), prompt.with_sample(sample)
 
 
 def _index(
@@ -226,9 +234,8 @@ def _index(
                 ids[key] = number
                 if not ours:
                     continue
-                job = engine.job(record, defaults)
-                _sample(job, samples - 1)  # refuses a number that is too large
-                lines.append(_Line(number, start, key, len(job.request.prompt_ids), job.limit))
+                request = engine.prompt(record, defaults).with_sample(samples - 1).request  # refuses too large a number
+                lines.append(_Line(number, start, key, len(request.prompt_ids), engine.limit(request)))
             except ValueError as error:
                 if strict:
                     raise ValueError(f"{source}:{number}: {error}") from None

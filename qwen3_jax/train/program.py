@@ -30,17 +30,19 @@ _BATCH_DTYPES = {
 
 # What XLA's TPU compiler does not do by itself: matrix products in blocks of more of the vector memory
 # (97 % of a v5p's peak by its own estimate, 84 % with its 16 MiB; with 64 MiB 98 %, for six times the time to compile),
-# and collectives beside computation.
+# and collectives beside computation. No xla_tpu_enable_async_collective_fusion: newer compilers refuse it on every chip
+# but v5e, because it may give wrong results.
 _TPU_OPTIONS = {
     "xla_tpu_scoped_vmem_limit_kib": "32768",
-    "xla_tpu_enable_async_collective_fusion": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_enable_async_all_gather": "true",
 }
-# Where there are SparseCores they scatter gradients beside computation; the matrix units' own reduce-scatter waits.
+# SparseCores gather weights and reduce-scatter gradients beside computation, over one, two or three axes of the torus;
+# without them, the matrix units wait for both.
 _SPARSE_CORE_OPTIONS = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
     "xla_tpu_use_tc_device_shape_on_sc": "true",
 }

@@ -86,6 +86,23 @@ def test_replica_groups(groups: str, first: list[int]) -> None:
     assert Instruction("g", "all-gather", "f32[8]{0}", (), "", attributes, False).replica_group() == first
 
 
+@pytest.mark.parametrize(
+    "groups",
+    ["{{0,4},{1,5},{2,6},{3,7}}", "mesh['data'=1,'fsdp'=2,'expert'=2,'context'=1,'tensor'=2] {'fsdp'}"],
+    ids=["jax 0.10", "jax 0.12"],
+)
+def test_lines_of_both_compilers(groups: str) -> None:
+    """The same all-gather, over fsdp on a mesh of fsdp 2, expert 2 and tensor 2, as each of the two writes it."""
+    line = (
+        "  %all_gather.11 = f32[4,16,6]{2,1,0} all-gather(%param.35), channel_id=1, "
+        f"replica_groups={groups}, dimensions={{0}}, use_global_device_ids=true, "
+        'metadata={op_name="jit(loss)/jvp(MoeMlp)/shard_map/all_gather" stack_frame_id=165}'
+    )
+    program = read_program("HloModule loss\n\nENTRY %main () -> f32[4,16,6] {\n" + line + "\n}\n")
+    gather = program.computations["main"]["all_gather.11"]
+    assert (gather.op, gather.dims, gather.replica_group()) == ("all-gather", (4, 16, 6), [0, 4])
+
+
 def test_unknown_spelling_of_groups() -> None:
     broken = Instruction("g", "all-gather", "f32[8]{0}", (), "", ", replica_groups=mesh<2>, dimensions={0}", False)
     with pytest.raises(ValueError, match=r"^replica_groups: .*; lists, iotas or meshes fit"):

@@ -10,6 +10,7 @@ from typing import Any
 import chex
 import decode_reference as ref
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from decode_judge import chooser, outcome, reference_row
@@ -33,7 +34,7 @@ from decode_model import (
 )
 from flax import linen as nn
 
-from qwen3_jax.decode import Request, Result, check_request, generate
+from qwen3_jax.decode import Request, Result, check_request, generate, programs
 from qwen3_jax.decode import batch as decode_batch
 from qwen3_jax.decode.pack import pack, pack_markers
 from qwen3_jax.model import Qwen3
@@ -196,8 +197,8 @@ def other_requests(seed: int) -> list[Request]:
 def test_edge_61_no_value_recompiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Budgets, modes, sampling, seeds, lengths within the bucket, stop texts and special ids share one trace; what
     it writes differs, so that the values did matter."""
-    once = chex.assert_max_traces(decode_batch.start.__wrapped__, n=1)
-    monkeypatch.setattr(decode_batch, "start", jax.jit(once, static_argnames=("model", "max_new")))
+    once = chex.assert_max_traces(programs.start.__wrapped__, n=1)
+    monkeypatch.setattr(decode_batch, "start", jax.jit(once, static_argnames=("model", "columns")))
     texts = set()
     for seed in range(5):
         tokens = dataclasses.replace(
@@ -218,7 +219,8 @@ def test_edge_62_one_loop_and_no_host() -> None:
     limits = [check_request(request, config, TOKENS) for request in requests]
     packed = pack(requests, limits, config, TOKENS, prompt_slots=32)
     markers = pack_markers(TOKENS, V)
-    program = decode_batch.start.lower(weights, packed, markers, np.int32(2**31 - 1), model=Qwen3(config), max_new=32)
+    model = Qwen3(config, dtype=jnp.float32)
+    program = programs.start.lower(weights, packed, markers, np.int32(2**31 - 1), model=model, columns=32)
     text = program.compile().as_text()
     # The entry has one loop, that over tokens; sampling's bisection is in branches, and random bits in their own.
     entry = text[text.index("\nENTRY ") :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_model import CONFIG, EOS, GEN, THINK, TOKENS, params
+from compiles import count_compiles
+from decode_model import CONFIG, EOS, GEN, MODEL, THINK, TOKENS, params, stacked_params
 from hypothesis import Phase, given, settings
 
 from qwen3_jax.cache import EMPTY, KVCache
 from qwen3_jax.cli.config_file import load_config
-from qwen3_jax.decode import Pool, Request, Result, generate
-from qwen3_jax.decode.layout import place_weights
-from sharding import MeshConfig, make_mesh
+from qwen3_jax.decode import Event, Pool, Request, Result, generate
+from qwen3_jax.decode.weights import _relayout, decoding_weights, weight_shapes
+from qwen3_jax.model import unstack_layers
+from sharding import MeshConfig, make_mesh, named_shardings
 
 LONG = dataclasses.replace(CONFIG, max_position_embeddings=256)
 MAX_NEW = 100
@@ -61,11 +63,29 @@ def pool(rows: int, steps: int = 8, **options: Any) -> Pool:
     return Pool(LONG, params(), **{"tokens": TOKENS, "rows": rows, "max_new": MAX_NEW, "steps": steps, **options})
 
 
-def decoded(pool: Pool, keys: Sequence[int]) -> dict[Hashable, Result]:
-    """Results of these requests by key; each comes once."""
-    found = [item for finished in pool.run([(key, requests()[key]) for key in keys]) for item in finished]
-    assert sorted(key for key, _ in found) == sorted(keys)
+def drain(pool: Pool) -> list[Event]:
+    """Steps until there is nothing to do."""
+    events = []
+    while new := pool.step():
+        events += new
+    return events
+
+
+def finished(events: Iterable[Event]) -> dict[Hashable, Result]:
+    """Results by key; each comes once."""
+    found = [(event.key, event.result) for event in events if event.result is not None]
+    assert len(dict(found)) == len(found)
     return dict(found)
+
+
+def decoded(pool: Pool, keys: Iterable[int]) -> dict[Hashable, Result]:
+    """Results of these requests by key."""
+    keys = list(keys)
+    for key in keys:
+        pool.submit(key, requests()[key])
+    found = finished(drain(pool))
+    assert found.keys() == set(keys)
+    return found
 
 
 def assert_same(got: dict[Hashable, Result]) -> None:
@@ -116,28 +136,140 @@ def test_a_second_run_of_the_same_shapes_compiles_nothing() -> None:
     decoded(pool(4, announce=lambda what, seconds: pytest.fail(what)), range(40))
 
 
-def test_watched_rows_are_seen_as_they_grow_and_may_be_ended() -> None:
-    seen: dict[Hashable, list[Result]] = {}
+def test_events_are_what_is_new_of_each_row() -> None:
+    """Put together they are the row's result; so far, it is a beginning of it."""
+    used = pool(4)
+    for key in range(12):
+        used.submit(key, requests()[key])
+    ids: dict[Hashable, list[int]] = {}
+    while events := used.step():
+        assert len({event.key for event in events}) == len(events) <= 4
+        for event in events:
+            ids.setdefault(event.key, []).extend(event.token_ids)
+            assert 0 < len(event.token_ids) <= 1 + 8
+            assert len(event.token_ids) == len(event.logprobs) == len(event.forced)
+            assert event.so_far().token_ids == ids[event.key] == closed()[event.key].token_ids[: len(ids[event.key])]
+            assert (event.result is not None) == (len(ids[event.key]) == len(closed()[event.key].token_ids))
+    assert len(ids) == 12
+    assert len(used) == 0
 
-    def watch(key: Hashable, so_far: Callable[[], Result]) -> bool:
-        seen.setdefault(key, []).append(so_far())
-        return key == 3 and len(so_far().token_ids) > 20
 
-    items = [(key, requests()[key]) for key in range(12)]
-    found = dict(item for finished in pool(4).run(items, watch) for item in finished)
-    for key, growing in seen.items():
-        for result in growing:
-            assert result.token_ids == closed()[key].token_ids[: len(result.token_ids)]
-    assert 20 < len(found[3].token_ids) <= 20 + 8 < len(closed()[3].token_ids)
-    assert_same({key: result for key, result in found.items() if key != 3})
+def test_a_cancelled_row_leaves_its_place_and_the_others_alone() -> None:
+    used = pool(2)
+    for key in (3, 5, 6, 7):
+        used.submit(key, requests()[key])
+    assert used.cancel(6) is None  # it waits
+    events = used.step()
+    while len(so_far := {event.key: event.so_far() for event in events[-2:]}[3].token_ids) < 20:
+        events += used.step()
+    result = used.cancel(3)
+    assert result is not None
+    assert result.token_ids == so_far == closed()[3].token_ids[: len(so_far)]
+    assert len(so_far) < len(closed()[3].token_ids)
+    assert used.cancel(3) is None
+    assert used.cancel("unknown") is None
+    found = finished([*events, *drain(used)])
+    assert_same(found)
+    assert found.keys() == {5, 7}
 
 
-def test_refusals() -> None:
+def test_samples_of_one_prompt_share_one_prefill() -> None:
+    """Also where there are more of them than places, and those of two prompts alternate."""
+    prompts = [requests()[0], requests()[2]]
+    sampled = [dataclasses.replace(r, temperature=1.0, seed=9, sample=i) for i in range(9) for r in prompts]
+    expected = generate(LONG, params(), sampled, tokens=TOKENS)
+    used = pool(4)
+    for key, request in enumerate(sampled):
+        used.submit(key, request)
+    for key, result in finished(drain(used)).items():
+        assert dataclasses.replace(result, logprobs=[]) == dataclasses.replace(expected[key], logprobs=[])
+    assert len({tuple(result.token_ids) for result in expected}) > 9
+    assert (used.load.admitted, used.load.prefilled) == (18, 2)
+
+
+def test_fixed_slots_compile_everything_before_the_first_request() -> None:
+    closed()
+    used = pool(4, max_prompt=72)
+    used.warm_up()
+    with count_compiles() as compiles:
+        assert_same(decoded(used, range(40)))
+        used.submit(0, requests()[0])
+        used.step()
+        used.cancel(0)
+        assert used.step() == []
+    assert compiles() == 0
+    with pytest.raises(ValueError, match=r"^prompt_ids: 73 tokens; at most 72 fit this pool$"):
+        used.submit(0, Request((1,) * 73, max_new_tokens=9))
+    with pytest.raises(ValueError, match=r"^max_prompt: None; the longest prompt, given to the pool, fits$"):
+        pool(4).warm_up()
+
+
+def test_refusals_reach_the_caller_alone() -> None:
+    used = pool(2)
+    used.submit(0, requests()[0])
+    first = used.step()
     with pytest.raises(ValueError, match=r"^max_new_tokens: 200; at most 128 fits this pool$"):
-        list(pool(2).run([(0, Request((1, EOS, GEN), max_new_tokens=200))]))
+        used.submit(1, Request((1, EOS, GEN), max_new_tokens=200))
     with pytest.raises(ValueError, match=r"^prompt_ids: 40; ids in 0\.\.39 fit$"):
-        list(pool(2).run([(0, Request((40,)))]))
-    assert list(pool(2).run([])) == [[]]
+        used.submit(1, Request((40,)))
+    with pytest.raises(ValueError, match=r"^key: 0 is in flight; another one fits$"):
+        used.submit(0, requests()[1])
+    assert_same(finished([*first, *drain(used)]))
+    assert pool(2).step() == []
+
+
+# New weights ---------------------------------------------------------------------------------------------------------
+
+
+def other_params(seed: int) -> Any:
+    """A training state's weights: stacked, float32, moved a little away from those of the other tests."""
+    leaves, tree = jax.tree.flatten(stacked_params())
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(tree, [leaf + 0.02 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+
+
+def test_new_weights_compile_nothing_and_stay_on_the_devices() -> None:
+    """Ten updates from a training layout over eight devices, each followed by decoding under the new weights."""
+    mesh, weights = make_mesh(MeshConfig(fsdp=4, tensor=2)), [other_params(seed) for seed in range(11)]
+    with jax.set_mesh(mesh):
+        init = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((8, 8), jnp.int32))["params"]
+        shardings = named_shardings(init, mesh)
+        trained = [jax.device_put(moved, shardings) for moved in weights]
+        used = Pool(LONG, trained[0], tokens=TOKENS, rows=8, max_new=MAX_NEW, steps=8, max_prompt=72, dtype="bfloat16")
+        used.warm_up()
+        results = []
+        with count_compiles() as compiles:
+            for moved in trained[1:]:
+                with jax.transfer_guard("disallow"):
+                    used.set_weights(moved)
+                used.submit(0, requests()[2])
+                results += finished(drain(used)).values()
+        assert compiles() == 0
+        assert len({tuple(result.token_ids) for result in results}) > 3
+        saved = unstack_layers(LONG, jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained[-1]))
+        expected = jax.tree.map(
+            lambda x, to: jax.device_put(x, to.sharding), saved, weight_shapes(LONG, mesh, jnp.bfloat16)
+        )
+
+        def same(ours: jax.Array, theirs: jax.Array) -> None:
+            assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+            np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+        jax.tree.map(same, used._params, expected)
+        used.submit(0, requests()[2])
+        again = Pool(LONG, expected, tokens=TOKENS, rows=8, max_new=MAX_NEW, steps=8, max_prompt=72)
+        again.submit(0, requests()[2])
+        assert finished(drain(used)) == finished(drain(again))
+
+
+def test_the_program_of_new_weights_holds_no_third_copy() -> None:
+    """What it needs beside its arguments and results is less than the smallest of the two layouts."""
+    mesh, weights = make_mesh(MeshConfig(fsdp=4, tensor=2)), stacked_params()
+    with jax.set_mesh(mesh):
+        init = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((8, 8), jnp.int32))["params"]
+        trained = jax.device_put(weights, named_shardings(init, mesh))
+        memory = _relayout(LONG, jnp.dtype("bfloat16"), mesh).lower(trained).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < memory.output_size_in_bytes
 
 
 # Over a mesh ---------------------------------------------------------------------------------------------------------
@@ -172,7 +304,7 @@ def test_edge_63_a_sharded_mesh_gives_the_same_ids(name: str) -> None:
         for weight in (used._params["embed_tokens"], *layer["self_attn"].values(), *layer["mlp"].values()):
             whole = weight.ndim == 1 or weight is layer["mlp"].get("router")
             assert num_shards(weight) == (1 if whole else 8 // data)
-        assert used._params["embed_tokens"] is place_weights(LONG, used._params)["embed_tokens"]
+        assert used._params["embed_tokens"] is decoding_weights(LONG, used._params)["embed_tokens"]
         assert_same(dict(enumerate(generate(LONG, params(), requests()[:6], tokens=TOKENS))))
 
 
@@ -221,7 +353,7 @@ def test_admitted_rows_replace_others_whole() -> None:
     """Prompt slots are written, the ring is emptied, and a row for no place goes nowhere."""
     new = filled(2, 0, 2)
     old = filled(3, 2, 4)
-    cache = old.admit(new, jnp.array([1, 2]))
+    cache = old.admit(new, jnp.array([0, 1]), jnp.array([1, 2]))
     assert np.asarray(cache.positions_BS).tolist() == [[0, 1, 2, 3, 4], [0, 1, EMPTY, EMPTY, EMPTY]]
     np.testing.assert_array_equal(cache.keys[0][1, ..., :2], new.keys[0][0])
     np.testing.assert_array_equal(cache.values[0][1, :, :2], new.values[0][0])

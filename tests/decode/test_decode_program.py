@@ -12,10 +12,10 @@ import pytest
 from decode_model import CONFIG, EOS, GEN, TOKENS, params
 
 from qwen3_jax.decode import Pool, Request
-from qwen3_jax.decode.program import lower_prefill, lower_step, step_shapes
+from qwen3_jax.decode.programs import lower_prefill, lower_step, step_shapes
 from sharding import MeshConfig, make_mesh
 
-BATCH, SLOTS, MAX_NEW = 8, (32, 32), 32
+BATCH, SLOTS, COLUMNS = 8, (32, 32), 32
 MESHES = {
     "fsdp 4, tensor 2": MeshConfig(fsdp=4, tensor=2),
     "fsdp 2, expert 2, tensor 2": MeshConfig(fsdp=2, expert=2, tensor=2),
@@ -25,7 +25,7 @@ MESHES = {
 
 @functools.cache
 def step_text(name: str) -> str:
-    room: Any = {"batch": BATCH, "slots": SLOTS, "max_new": MAX_NEW, "dtype": np.float32}
+    room: Any = {"batch": BATCH, "slots": SLOTS, "columns": COLUMNS, "dtype": np.float32}
     mesh = make_mesh(MESHES[name])
     takes = step_shapes(CONFIG, mesh, **room)
     return str(lower_step(CONFIG, mesh, takes, np.float32).compile().as_text())
@@ -36,11 +36,12 @@ def test_shapes_and_shardings_are_those_of_a_pool(name: str) -> None:
     """Also after the loop, which is left and entered again: nothing moves between two calls."""
     mesh, weights = make_mesh(MESHES[name]), params()
     with jax.set_mesh(mesh):
-        pool = Pool(CONFIG, weights, tokens=TOKENS, rows=BATCH, max_new=MAX_NEW, steps=2)
-        run = pool.run([(i, Request((1, i, EOS, GEN), max_new_tokens=24)) for i in range(BATCH)])
-        next(run)
-        next(run)
-    takes = step_shapes(CONFIG, mesh, batch=BATCH, slots=SLOTS, max_new=MAX_NEW, dtype=np.float32)
+        pool = Pool(CONFIG, weights, tokens=TOKENS, rows=BATCH, max_new=24, steps=2)
+        for i in range(BATCH):
+            pool.submit(i, Request((1, i, EOS, GEN), max_new_tokens=24))
+        pool.step()
+        pool.step()
+    takes = step_shapes(CONFIG, mesh, batch=BATCH, slots=SLOTS, columns=COLUMNS, dtype=np.float32)
     ran = (pool._params, pool._state, pool._rows)
 
     def compare(path: Any, ours: Any, theirs: Any) -> None:
@@ -67,7 +68,7 @@ def test_a_step_gathers_no_weight(name: str) -> None:
 
 
 def test_a_prefill_compiles_from_shapes() -> None:
-    room: Any = {"batch": BATCH, "prompt_slots": 32, "max_new": MAX_NEW, "dtype": np.float32}
+    room: Any = {"batch": BATCH, "prompt_slots": 32, "dtype": np.float32}
     lowered = lower_prefill(CONFIG, make_mesh(MESHES["fsdp 4, tensor 2"]), **room)
-    state = lowered.out_info
-    assert (state.tokens_BM.shape, state.cache.keys[0].shape) == ((BATCH, MAX_NEW), (BATCH, 2, 8, 32))
+    prompts = lowered.out_info
+    assert (prompts.logits_PV.shape, prompts.cache.keys[0].shape) == ((BATCH, CONFIG.vocab_size), (BATCH, 2, 8, 32))

@@ -24,10 +24,12 @@ from hypothesis import Phase, given, settings
 
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.decode import Request, Result, ThinkingTokens, check_request
-from qwen3_jax.decode import budget as bud
-from qwen3_jax.decode.loop import DecodeState, Rows, decode, last_place, prefill
-from qwen3_jax.decode.pack import Packed, pack_markers, results, round_up
+from qwen3_jax.decode import opening as bud
+from qwen3_jax.decode.batch import results
+from qwen3_jax.decode.loop import DecodeState, Rows, begin, decode, last_place, read_prompts
+from qwen3_jax.decode.pack import Packed, pack_markers
 from qwen3_jax.decode.pack import pack as pack_requests
+from qwen3_jax.decode.schedule import round_up
 from qwen3_jax.text.tokenizer import unfinished_bytes
 
 V, NUM_TOKENS = 24, 22  # ids 22 and 23 decode to nothing
@@ -135,8 +137,8 @@ MARKERS = jax.tree.map(jnp.asarray, pack_markers(Case(Request(PROMPT), np.zeros(
 def _begin(packed: Packed, table: Any, max_steps: Any, write: int) -> DecodeState:
     seen = jnp.zeros((ROWS, packed.prompt_BP.shape[1] + write), jnp.int32)
     cache = {"table": table, "seen": seen, "times": seen}
-    prompts = packed.prompt_BP, packed.there_BP
-    state = prefill(forward, *prompts, packed.rows, packed.budget, MARKERS, cache, write)
+    prompts = read_prompts(forward, packed.prompt_BP, packed.there_BP, cache)
+    state = begin(prompts, packed.rows, packed.budget, MARKERS, write)
     return decode(forward, state, packed.rows, MARKERS, max_steps)
 
 
@@ -642,7 +644,7 @@ def test_an_automatic_budget_has_a_hard_cap() -> None:
     result = run([Case(request, unsure(0.9))])[0]
     assert (result.thinking_tokens, result.thinking_end) == (2, "budget")
     for name, value in (("auto_cap", 2), ("auto_threshold", 0.5)):
-        with pytest.raises(ValueError, match=rf"^{name}: {value}, but thinking_budget is not 'auto'; none fits$"):
+        with pytest.raises(ValueError, match=rf"^{name}: {value}, but thinking_budget is not 'auto'; leave it out$"):
             Request(PROMPT, thinking_budget=9, **{name: value})
 
 

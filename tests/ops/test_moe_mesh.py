@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import math
 from itertools import chain
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding
 
+from qwen3_jax.aot.hlo import read_program
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.model.layers import MoeMlp
 from sharding import DECODE_RULES, MeshConfig, axis_rules, make_mesh, named_shardings, partition_spec
@@ -113,15 +114,13 @@ def test_ragged_is_dropless_under_any_skew(skew: float) -> None:
 
 def collectives(text: str, kind: str) -> list[list[tuple[int, int]]]:
     """Each collective of this kind in a compiled program; of each of its results (XLA combines what it can): numbers
-    per device, and devices in a group (0: not spelt out, all of them)."""
-    found = []
-    for line in text.splitlines():
-        if match := re.search(rf" = (.*) {kind}(-start)?\(", line):
-            group = re.search(r"replica_groups=\{\{([\d,]+)", line)
-            devices = group[1].count(",") + 1 if group else 0
-            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
-            found.append([(int(np.prod([int(n) for n in dims.split(",") if n])), devices) for dims in shapes])
-    return found
+    per device, and devices in a group (0: the text lists none, all devices are one group)."""
+    return [
+        [(math.prod(array.dims), len(i.replica_group())) for array in i.arrays]
+        for computation in read_program(text).computations.values()
+        for i in computation.values()
+        if i.op.removesuffix("-start") == kind
+    ]
 
 
 @pytest.mark.parametrize("name", MESHES)

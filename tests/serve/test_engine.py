@@ -9,7 +9,7 @@ import pytest
 
 from qwen3_jax.decode import Result
 from qwen3_jax.serve import Engine, shipped_model
-from qwen3_jax.serve.engine import Job
+from qwen3_jax.text.prompt import Prompt
 
 CHAIN = "Start with 3 and keep the last digit: +4 *7 +5 _ _ _ _ _ _ _"
 
@@ -19,7 +19,7 @@ def engine() -> Engine:
     return Engine.load(shipped_model())
 
 
-def streamed(engine: Engine, job: Job) -> tuple[Result, list[tuple[str, bool]]]:
+def streamed(engine: Engine, job: Prompt) -> tuple[Result, list[tuple[str, bool]]]:
     pieces: list[tuple[str, bool]] = []
     return engine.stream(job, lambda text, in_thought: pieces.append((text, in_thought))), pieces
 
@@ -55,7 +55,7 @@ def result(engine: Engine, text: str, forced: range = range(0), **fields: Any) -
 )
 def test_edge_52_stream_deltas_are_the_text_of_the_closed_run(engine: Engine, record: dict[str, Any]) -> None:
     """The same ids, and pieces that put together are the whole text: first of the thought, then of the answer."""
-    job = engine.job(record)
+    job = engine.prompt(record)
     final, pieces = streamed(engine, job)
     closed = engine.generate([job.request])[0]
     assert dataclasses.replace(final, logprobs=[]) == dataclasses.replace(closed, logprobs=[])
@@ -63,7 +63,7 @@ def test_edge_52_stream_deltas_are_the_text_of_the_closed_run(engine: Engine, re
     kinds = [in_thought for _, in_thought in pieces]
     assert kinds == sorted(kinds, reverse=True)
     thought = "".join(text for text, in_thought in pieces if in_thought)
-    answer = engine.response(closed)["content"]
+    answer = engine.reader.record(closed)["content"]
     assert thought.rstrip("\n").endswith("</think>") or not thought or not answer
     assert "".join(text for text, in_thought in pieces if not in_thought).strip() == answer
     assert len(pieces) > 1 or len(closed.token_ids) <= 5
@@ -87,11 +87,11 @@ def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(
 ) -> None:
     """The ids go on to the token that completes it, and no further."""
     written = result(engine, text)
-    job = dataclasses.replace(engine.job({"prompt": "x", "stop": stop}))
-    trimmed = engine._trim(written, job.stop)
-    record = engine.response(trimmed, job)
+    job = dataclasses.replace(engine.prompt({"prompt": "x", "stop": stop}))
+    trimmed = engine.reader.trim(written, job.stop)
+    record = engine.reader.record(trimmed, job)
     assert record["content"] == content
-    thought = engine.response(written)["thinking"]
+    thought = engine.reader.record(written)["thinking"]
     assert record["thinking"] == thought
     if trimmed == written:
         assert record["finish_reason"] == "length"
@@ -102,7 +102,7 @@ def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(
     assert record["finish_reason"] == "stop"
     assert any(one in engine.tokenizer.decode(trimmed.token_ids) for one in stop)
     less = dataclasses.replace(written, token_ids=trimmed.token_ids[:-1], forced=trimmed.forced[:-1])
-    assert engine._trim(less, job.stop) == less
+    assert engine.reader.trim(less, job.stop) == less
 
 
 def test_edge_53_a_stop_text_does_not_fire_inside_injected_text(engine: Engine) -> None:
@@ -110,24 +110,24 @@ def test_edge_53_a_stop_text_does_not_fire_inside_injected_text(engine: Engine) 
     nor does any text of the thought reach the content."""
     cut = {"prompt": CHAIN, "thinking_budget": 2}
     for stop in ("limited", "\n\n", "</think>", "now."):
-        job = engine.job({**cut, "stop": stop})
+        job = engine.prompt({**cut, "stop": stop})
         final, pieces = streamed(engine, job)
         assert final.token_ids == engine.generate([job.request])[0].token_ids
         assert "".join(text for text, _ in pieces) == engine.text(final)
-        assert engine.response(final, job)["thinking"].endswith("directly now.")
+        assert engine.reader.record(final, job)["thinking"].endswith("directly now.")
     longer = "<think>\n1\n</think>\n\nSo 2 it is: "
     head = len(engine.tokenizer.encode(longer))
     written = result(engine, longer + "1 2 3", range(3, head))
-    job = engine.job({"prompt": "x", "stop": "2"})
-    trimmed = engine._trim(written, job.stop)
-    assert engine.response(trimmed, job)["content"] == "So 2 it is: 1 "
+    job = engine.prompt({"prompt": "x", "stop": "2"})
+    trimmed = engine.reader.trim(written, job.stop)
+    assert engine.reader.record(trimmed, job)["content"] == "So 2 it is: 1 "
 
 
 def test_a_stop_text_ends_the_row_early_and_the_same_in_every_batch(engine: Engine) -> None:
     """In a pool it is noticed when the loop is left, and what was written beyond it is dropped."""
     wild = {"temperature": 4.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 200, "presence_penalty": 0.0}
     records = [{"prompt": CHAIN + " /no_think", "seed": i, "stop": [" the", "1"], **wild} for i in range(6)]
-    jobs = [engine.job(record) for record in records]
+    jobs = [engine.prompt(record) for record in records]
     pool = engine.pool(4, 200, steps=8)
     done = [item for finished in engine.run(pool, enumerate(jobs)) for item in finished]
     results = {key: (job, final) for key, job, final in done}
@@ -135,8 +135,10 @@ def test_a_stop_text_ends_the_row_early_and_the_same_in_every_batch(engine: Engi
     stopped = 0
     for i, raw in enumerate(closed):
         job, final = results[i]
-        assert dataclasses.replace(final, logprobs=[]) == dataclasses.replace(engine._trim(raw, job.stop), logprobs=[])
-        content = engine.response(final, job)["content"]
+        assert dataclasses.replace(final, logprobs=[]) == dataclasses.replace(
+            engine.reader.trim(raw, job.stop), logprobs=[]
+        )
+        content = engine.reader.record(final, job)["content"]
         assert not any(text in content for text in job.stop)
         stopped += len(final.token_ids) < len(raw.token_ids)
         alone, pieces = streamed(engine, job)
@@ -151,33 +153,33 @@ def test_edge_33_models_with_one_mode(engine: Engine) -> None:
 
     Flags are text to all three."""
     instruct = dataclasses.replace(engine, modes="instruct")
-    job = instruct.job({"prompt": "hi /no_think", "mode_by_query": True})
+    job = instruct.prompt({"prompt": "hi /no_think", "mode_by_query": True})
     assert (job.request.thinking, job.rule, job.request.temperature) == (True, None, 0.7)
     assert engine.tokens.think not in job.request.prompt_ids
     for budget in (0, 5, "auto"):
         with pytest.raises(
-            ValueError, match=rf"^thinking_budget: '?{budget}'?, but this model never thinks; none fits$"
+            ValueError, match=rf"^thinking_budget: '?{budget}'?, but this model never thinks; leave it out$"
         ):
-            instruct.job({"prompt": "hi", "thinking_budget": budget})
+            instruct.prompt({"prompt": "hi", "thinking_budget": budget})
     thinking = dataclasses.replace(engine, modes="thinking")
-    job = thinking.job({"prompt": "hi /no_think", "thinking_budget": 2})
+    job = thinking.prompt({"prompt": "hi /no_think", "thinking_budget": 2})
     assert job.request.prompt_ids[-2:] == tuple(engine.tokenizer.encode("<think>\n"))
     assert (job.request.thinking, job.request.temperature) == (True, 0.6)
     written = thinking.generate([job.request])[0]
     assert written.forced.index(True) == 1  # the newline of the prompt is the first of two
-    assert thinking.response(written)["thinking"].endswith("directly now.")
+    assert thinking.reader.record(written)["thinking"].endswith("directly now.")
     with pytest.raises(ValueError, match="thinking_budget: 0, but this model has no non-thinking mode"):
-        thinking.job({"prompt": "hi", "thinking_budget": 0})
+        thinking.prompt({"prompt": "hi", "thinking_budget": 0})
     with pytest.raises(ValueError, match="enable_thinking: False, but this model has no non-thinking mode"):
-        thinking.job({"prompt": "hi", "enable_thinking": False})
+        thinking.prompt({"prompt": "hi", "enable_thinking": False})
     with pytest.raises(ValueError, match="messages: a base model has no chat format"):
-        dataclasses.replace(engine, modes="base").job({"prompt": "hi"})
+        dataclasses.replace(engine, modes="base").prompt({"prompt": "hi"})
 
 
 def test_sampling_is_by_mode_and_what_a_record_says_goes_first(engine: Engine) -> None:
-    on = engine.job({"prompt": "x"}).request
-    off = engine.job({"prompt": "x /no_think"}).request
-    said = engine.job({"prompt": "x", "temperature": 0.1}, {"temperature": 0.9, "top_k": 5}).request
+    on = engine.prompt({"prompt": "x"}).request
+    off = engine.prompt({"prompt": "x /no_think"}).request
+    said = engine.prompt({"prompt": "x", "temperature": 0.1}, {"temperature": 0.9, "top_k": 5}).request
     assert (on.temperature, on.top_p, on.presence_penalty) == (0.6, 0.95, 0.0)
     assert (off.temperature, off.top_p, off.presence_penalty) == (0.7, 0.8, 1.5)
     assert (said.temperature, said.top_k, said.top_p) == (0.1, 5, 0.95)
@@ -186,7 +188,7 @@ def test_sampling_is_by_mode_and_what_a_record_says_goes_first(engine: Engine) -
 @pytest.mark.parametrize("stop", [3, "", [""], ["a", 1], {"a": 1}])
 def test_a_stop_text_of_the_wrong_kind_is_refused(engine: Engine, stop: Any) -> None:
     with pytest.raises(ValueError, match=r"^stop: .*; a text that is not empty, or a list of them, fits$"):
-        engine.job({"prompt": "x", "stop": stop})
+        engine.prompt({"prompt": "x", "stop": stop})
 
 
 def test_a_model_with_too_few_embeddings_is_refused(tmp_path: Any) -> None:

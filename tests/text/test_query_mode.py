@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qwen3_jax.text import query_mode as module
 from qwen3_jax.tasks.arithmetic import held_out_chains
+from qwen3_jax.text import query_mode as module
 from qwen3_jax.text.query_mode import RULES, query_mode
 
 QUESTIONS = [

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 
-class Output:
+class AnswerFile:
     """JSON lines appended to `path`, each in one write; the lines of an earlier run are kept.
 
     A process that dies at any moment leaves whole lines, and perhaps the beginning of one more, which is cut off when
@@ -54,7 +54,7 @@ class Output:
         while line:
             line = line[self._file.write(line) :]
 
-    def __enter__(self) -> Output:
+    def __enter__(self) -> AnswerFile:
         return self
 
     def __exit__(

@@ -1,0 +1,57 @@
+"""Weights as decoding wants them: one entry per layer, sharded by `sharding.DECODE_RULES`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from qwen3_jax.config import ModelConfig
+from qwen3_jax.model import Qwen3, is_stacked, unstack_layers
+from sharding import DECODE_RULES, axis_rules, named_shardings
+
+
+@axis_rules(DECODE_RULES)
+def weight_shapes(config: ModelConfig, mesh: Mesh, dtype: Any) -> Any:
+    """The weights, one entry per layer, as shapes and shardings."""
+    init = Qwen3(config, stacked=False).init
+    boxed: Any = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding),
+        nn.unbox(boxed),
+        named_shardings(boxed, mesh),
+    )
+
+
+def decoding_weights(config: ModelConfig, params: Any, dtype: Any = None) -> Any:
+    """Weights in any layout of the model (stacked or per layer, any dtype, any sharding) as decoding wants them.
+
+    One compiled program unstacks, casts and reshards them; the same program serves every later set of weights. Weights
+    that need neither unstacking nor a cast are moved one by one, and those already in place are not copied.
+
+    Args:
+      dtype: of the result; None takes the embedding table's.
+    """
+    params = nn.unbox(params)
+    dtype = jnp.dtype(dtype or params["embed_tokens"].dtype)
+    mesh = jax.sharding.get_mesh()
+    if is_stacked(config, params) or any(leaf.dtype != dtype for leaf in jax.tree.leaves(params)):
+        return _relayout(config, dtype, None if mesh.empty else mesh)(params)
+    if mesh.empty:
+        return params
+    return jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), params, weight_shapes(config, mesh, dtype))
+
+
+@functools.cache
+def _relayout(config: ModelConfig, dtype: Any, mesh: Mesh | None) -> Any:
+    """The program for one model, dtype and mesh."""
+    to = mesh and jax.tree.map(lambda x: x.sharding, weight_shapes(config, mesh, dtype))
+
+    def relayout(params: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(dtype), unstack_layers(config, params))
+
+    return jax.jit(relayout, out_shardings=to)
