@@ -20,7 +20,7 @@ from typing import TextIO
 from program_cache import make_writes_atomic
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["qwen3_jax.cli.train", "qwen3_jax.cli.main", "gcsfs"])
+_CONTEXT.set_forkserver_preload(["qwen3_jax.cli.train", "qwen3_jax.cli.infer", "qwen3_jax.cli.main", "gcsfs"])
 
 
 class Command:
@@ -58,6 +58,10 @@ class Command:
 
     def poll(self) -> int | None:
         return self._process.exitcode
+
+    def wait_for_exit(self, timeout: float) -> None:
+        """Waits so many seconds at most."""
+        self._process.join(timeout)
 
     def send_signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
