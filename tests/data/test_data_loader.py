@@ -300,7 +300,7 @@ def test_state_goes_through_orbax(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"seed": 1}, "data.seed: 1, but the data position was saved under 0; that fits"),
+        ({"seed": 1}, "data.seed: 1, but the data position was saved under 0; 0 fits"),
         ({"batch_size": 4}, "data.batch_size: 4, but the data position was saved under 8"),
         ({"sequence_length": 25}, "data.sequence_length: 25, but .* under 24"),
         ({"weights": (2.0, 1.0)}, r"data.sources.mixed.jsonl.weight: 2.0, but .* under 1.0"),
@@ -316,7 +316,9 @@ def test_a_position_in_another_order_is_refused(folder: Path, fields: dict[str, 
 
 def test_a_position_without_a_lane_is_refused(folder: Path) -> None:
     config = _config(folder, "mixed.jsonl")
-    with pytest.raises(ValueError, match="data: the saved position lacks lane 4; that of all processes together fits"):
+    with pytest.raises(
+        ValueError, match="data: the saved position lacks lane 4; the union of all processes' positions fits"
+    ):
         make_loader(config, range(4, 8)).set_state(make_loader(config, range(4)).get_state())
 
 
@@ -374,7 +376,7 @@ def test_only_documents_of_the_wanted_length_come(folder: Path) -> None:
 def test_a_source_without_a_document_that_fits_is_refused(folder: Path) -> None:
     source = SourceConfig("long", (str(folder / "few.jsonl"),), tokens=(60, 120))
     with pytest.raises(
-        ValueError, match=r"sources.long: of 97 documents in a row none is kept; wider `tokens` than \(60, 120\)"
+        ValueError, match=r"sources.long: of 97 documents in a row none is used; wider `tokens` than \(60, 120\)"
     ):
         next(make_loader(DataConfig((source,), str(folder), sequence_length=120, batch_size=2)))
 

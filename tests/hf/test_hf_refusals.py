@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from reference import torch_model, torch_params
+from reference import torch, torch_model, torch_params
 from safetensors.torch import load_file, save_file
 from tiny import DENSE, MOE
 

@@ -12,8 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from reference import random_tokens, relative_error, to_params, torch_config, torch_logits, torch_model, torch_params
+from reference import (
+    random_tokens,
+    relative_error,
+    to_params,
+    torch,
+    torch_config,
+    torch_logits,
+    torch_model,
+    torch_params,
+)
 from tiny import DENSE, MOE
 
 from qwen3_jax.cache import KVCache

@@ -59,6 +59,10 @@ class Command:
     def poll(self) -> int | None:
         return self._process.exitcode
 
+    def wait_for_exit(self, timeout: float) -> None:
+        """Waits so many seconds at most."""
+        self._process.join(timeout)
+
     def send_signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
