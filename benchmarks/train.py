@@ -67,7 +67,7 @@ Measure = Callable[[], float]  # seconds of a step
 
 def ours(config: ModelConfig, compute: dict[str, Any]) -> Measure:
     """This project's step with random weights."""
-    model = Qwen3(config, **compute)
+    model = Qwen3(config, stacked=True, **compute)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-4, warmup_steps=0), steps=10**6)
     params = jax.jit(lambda key: nn.unbox(model.init(key, jnp.zeros((1, 8), jnp.int32)))["params"])(jax.random.key(0))
     state = TrainState(params, jax.jit(optimizer.init)(params))

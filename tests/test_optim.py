@@ -166,7 +166,7 @@ def test_on_eight_devices_the_state_is_split_and_the_numbers_stay(name: str, tmp
     """On a mesh of data, fsdp and tensor, each moment and the average are split as their weight is and its two copies
     are not, stay there through a step, come back from a checkpoint, and the step is that of one device."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    model = Qwen3(ModelConfig.preset("qwen3-tiny"))
+    model = Qwen3(ModelConfig.preset("qwen3-tiny"), stacked=True)
     boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     shardings, scalar = named_shardings(boxed, mesh), NamedSharding(mesh, PartitionSpec())
     rng = np.random.default_rng(0)

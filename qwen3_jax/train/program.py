@@ -67,12 +67,13 @@ class Program:
             expert_dispatch=compute.expert_dispatch,
             remat=compute.remat,
             keep=compute.keep,
+            stacked=True,
         )
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self.replicated = NamedSharding(mesh, PartitionSpec())
         # Nothing but the division over the mesh depends on it: of its rows, and of its tokens in two chunks a device.
         sample = np.zeros((mesh.size, 2 * mesh.size), np.int32)
-        init = functools.partial(Qwen3(config.model).init, tokens_BT=sample)
+        init = functools.partial(Qwen3(config.model, stacked=True).init, tokens_BT=sample)
         boxed = jax.eval_shape(lambda: init(jax.random.key(0)))["params"]
         lies = named_shardings(boxed, mesh)
         self.init = jax.jit(lambda key: nn.unbox(init(key))["params"], out_shardings=lies)

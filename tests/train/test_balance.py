@@ -41,7 +41,7 @@ CONFIG = dataclasses.replace(
     router_aux_loss_coef=0.5,
 )
 ROWS, LENGTH, EXPERTS, EMPTY_ROW = 8, 16, CONFIG.num_experts, 3
-MODEL = Qwen3(CONFIG, capacity_factor=1.0, group_size=8)
+MODEL = Qwen3(CONFIG, stacked=True, capacity_factor=1.0, group_size=8)
 SCOPES = ("sequence", "micro", "step_running", "step_exact")
 
 

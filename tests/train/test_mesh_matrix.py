@@ -40,9 +40,9 @@ MOE = dataclasses.replace(
     DENSE, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, router_aux_loss_coef=0.02
 )
 MODELS = {
-    "dense": Qwen3(DENSE, remat=True),
-    "experts, nothing dropped": Qwen3(MOE, capacity_factor=4.0, group_size=8),
-    "experts, with drops": Qwen3(MOE, capacity_factor=1.0, group_size=8),
+    "dense": Qwen3(DENSE, stacked=True, remat=True),
+    "experts, nothing dropped": Qwen3(MOE, stacked=True, capacity_factor=4.0, group_size=8),
+    "experts, with drops": Qwen3(MOE, stacked=True, capacity_factor=1.0, group_size=8),
 }
 MESHES = {
     "one device": MeshConfig(fsdp=1),

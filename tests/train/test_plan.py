@@ -175,7 +175,7 @@ def test_a_stage_begins_with_the_weights_that_the_last_one_ended_with(
 
     def loss(model: Any) -> float:
         compute, optimizer = stages[stage].compute, optax.sgd(0.0)
-        network = Qwen3(model, capacity_factor=compute.capacity_factor, group_size=compute.group_size)
+        network = Qwen3(model, stacked=True, capacity_factor=compute.capacity_factor, group_size=compute.group_size)
         _, metrics = jax.jit(make_train_step(network, optimizer, 1))(TrainState(params, optimizer.init(params)), batch)
         return float(metrics["loss"])
 

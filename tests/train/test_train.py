@@ -70,9 +70,8 @@ def one_step(
     accumulation: int, capacity_factor: float | None = 1.0, aux_coef: float = CONFIG.router_aux_loss_coef
 ) -> tuple[TrainState, dict[str, Any]]:
     """One step of plain gradient descent, so that the update is the gradient."""
-    model = Qwen3(
-        dataclasses.replace(CONFIG, router_aux_loss_coef=aux_coef), capacity_factor=capacity_factor, group_size=16
-    )
+    config = dataclasses.replace(CONFIG, router_aux_loss_coef=aux_coef)
+    model = Qwen3(config, stacked=True, capacity_factor=capacity_factor, group_size=16)
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16), jnp.int32)))["params"]
     optimizer = optax.sgd(1.0)
     step = jax.jit(make_train_step(model, optimizer, accumulation))

@@ -51,7 +51,7 @@ def batch(seed: int, weight: float = GOOD, scale: int = 1) -> dict[str, jax.Arra
 @functools.cache
 def guarded(spike_factor: float | None) -> tuple[Callable[[Any, Any], Any], Callable[[], GuardedState]]:
     """The compiled step, which is given its state to keep, and what makes a first one."""
-    model, optimizer = Qwen3(CONFIG), optax.adamw(0.01)
+    model, optimizer = Qwen3(CONFIG, stacked=True), optax.adamw(0.01)
     step = skip_bad_steps(make_train_step(model, optimizer, 1), spike_factor)
 
     def first() -> GuardedState:
