@@ -1,4 +1,4 @@
-"""Types of arguments, for argparse."""
+"""Argument types for argparse."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qwen3_jax.checkpoint import CHECKPOINTS
 
 
 def one_run(text: str) -> epath.Path:
-    """May be a run's output_dir, and cannot be that of a plan."""
+    """A path that is not the output_dir of a run in stages: each stage has a directory of its own in it."""
     path = epath.Path(text)
     holds_weights = (path / "config.json").exists() or (path / CHECKPOINTS).exists()
     inside = path.iterdir() if path.is_dir() and not holds_weights else ()
@@ -22,7 +22,7 @@ def one_run(text: str) -> epath.Path:
 
 
 def on_disk(text: str) -> Path:
-    """Is a path, and cannot be one in a bucket."""
+    """A path on a disk, not in a bucket."""
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text!r}; a path on a disk fits")
     return Path(text)

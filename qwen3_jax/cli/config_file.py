@@ -1,4 +1,4 @@
-"""YAML run files to frozen dataclasses, by draccus: `!include`, overrides on the command line, errors in one line."""
+"""YAML run files to frozen dataclasses by draccus, with `!include`, command-line overrides, and one-line errors."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
     """`cls` from the YAML file `path`, with `--section.key value` overrides.
 
     Raises:
-      ValueError: one line that names the key, its value and what would fit.
+      ValueError: one line with the key, its value, and what to use instead.
     """
     return decode_config(cls, _read(path), overrides, str(path))
 
 
 def decode_config(cls: type[T], raw: dict[str, Any], overrides: Sequence[str], where: str) -> T:
-    """`cls` from nested mappings, with `--section.key value` overrides; errors begin with `where`."""
+    """`cls` from nested mappings, with `--section.key value` overrides. Error messages begin with `where`."""
     unknown = [word for word in overrides if word.startswith("--") and word[2:].split("=")[0] not in _keys(cls)]
     if unknown:
         key = unknown[0][2:].split("=")[0]
@@ -40,25 +40,24 @@ def decode_config(cls: type[T], raw: dict[str, Any], overrides: Sequence[str], w
 
 
 def load_model(model: str) -> ModelConfig:
-    """A size of configs/model by its name, or a YAML file like those."""
+    """The model of a name in configs/model, or of a YAML file like those."""
     is_file = Path(model).suffix in (".yaml", ".yml")
     return load_config(ModelConfig, model) if is_file else ModelConfig.preset(model)
 
 
 def load_stages(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> dict[str, T]:
-    """A `cls` for each of the `stages` of a plan file, in their order; none if the file has no such key.
+    """A `cls` for each stage of a run file, in order; empty if the file has no key `stages`.
 
-    A plan is a YAML file of `cls` with one more key: `stages` maps names to what each stage has otherwise, nested as in
-    the file itself. Mappings are merged key by key, all else is replaced. `--section.key value` overrides every stage,
-    `--stage.section.key value` one.
+    `stages` maps names to changes of the file's other keys. Nested mappings are merged key by key; other values are
+    replaced. The override `--section.key value` changes every stage, `--stage.section.key value` one stage.
 
     Raises:
-      ValueError: one line that names stage, key, value and what would fit.
+      ValueError: one line with stage, key, value, and what to use instead.
     """
     common = _read(path)
     stages = common.pop("stages", {})
     if not isinstance(stages, dict) or not all(isinstance(changes, dict) for changes in stages.values()):
-        raise ValueError(f"{path}: stages: {stages!r}; names with what each stage has otherwise fit")
+        raise ValueError(f"{path}: stages: {stages!r}; a mapping from names to mappings of changed keys fits")
     return {
         name: decode_config(cls, _merged(common, changes), _of_stage(overrides, name, stages), f"{path}: stages.{name}")
         for name, changes in stages.items()
@@ -79,7 +78,7 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 
 def _parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """`--section.key value` and `--section.key=value` to nested mappings."""
+    """Nested mappings from `--section.key value` and `--section.key=value`."""
     flat: dict[str, Any] = {}
     rest = iter(words)
     for word in rest:
@@ -93,20 +92,20 @@ def _parse_overrides(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _of_stage(words: Sequence[str], name: str, stages: Collection[str]) -> list[str]:
-    """The overrides of stage `name`: those of all stages, and those that begin with its name, without it."""
-    kept: list[str] = []
+    """The overrides of stage `name`: those without a stage, and those that begin with its name, which is removed."""
+    selected: list[str] = []
     ours = True
     for word in words:
         if word.startswith("--"):
             owner, _, key = word[2:].partition(".")
             ours = owner not in stages or owner == name
             word = f"--{key}" if owner in stages else word
-        kept += [word] if ours else []
-    return kept
+        selected += [word] if ours else []
+    return selected
 
 
 def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`tree` with `changes`, merged where both hold mappings."""
+    """`tree` updated with `changes`, recursively where both hold a mapping."""
     merged = dict(tree)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(tree.get(key), dict)
@@ -127,7 +126,7 @@ def _keys(cls: typing.Any, prefix: str = "") -> list[str]:
 
 
 def _one_line(error: BaseException) -> str:
-    """The message in one line; where a class refused its fields, the class's own message, which names the field."""
+    """The message in one line. Where a class refused its fields, the message of the class, which names the field."""
     while "Couldn't instantiate class" in str(error) and error.__cause__ is not None:
         error = error.__cause__
     return " ".join(part.strip() for part in str(error).splitlines() if part.strip())

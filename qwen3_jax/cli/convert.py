@@ -1,4 +1,4 @@
-"""`qwen3-jax convert SOURCE TARGET`: a released checkpoint to an Orbax one, or back; the source's kind decides."""
+"""`qwen3-jax convert SOURCE TARGET`: a checkpoint from Hugging Face's layout to Orbax, or back."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         type=one_run,
-        help="directory with config.json and *.safetensors, one written by this, or a training run's output_dir",
+        help="directory with config.json and *.safetensors, a directory that this command wrote, or a training run's "
+        "output_dir",
     )
-    parser.add_argument("target", type=on_disk, help="directory to make")
+    parser.add_argument("target", type=on_disk, help="directory to create")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,4 +1,5 @@
-"""`qwen3-jax data report RUN`: what a run has consumed. `qwen3-jax data check FILE...`: what not to train on."""
+"""`qwen3-jax data report RUN`: the data that a run has consumed. `qwen3-jax data check FILE...`: duplicates, and
+overlap with evaluation sets."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from qwen3_jax.data.source import DocumentSource
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the commands under `data`."""
     commands = parser.add_subparsers(dest="data_command", required=True)
-    text = "what a run has consumed, by source, licence, language and label"
+    text = "the data that a run has consumed, by source, licence, language and label"
     report = commands.add_parser("report", help=text, description=text)
     report.add_argument("run", type=one_run, help="output_dir of a training run that has saved a checkpoint")
     report.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--near", type=float, default=THRESHOLD, help="similarity of near duplicates, 0 is off (default: %(default)s)"
     )
     check.add_argument(
-        "--drop", type=Path, metavar="OUT", help="directory to write the files to, without what was found"
+        "--drop", type=Path, metavar="OUT", help="directory for copies of the files without the documents found"
     )
     check.add_argument("--json", action="store_true", help="print each finding as a line of JSON")
     check.set_defaults(run_data=_check)
@@ -84,7 +85,7 @@ def _check(args: argparse.Namespace) -> None:
     console.print(table)
     if checker.num_too_short:
         console.print(
-            f"{checker.num_too_short:,} evaluation documents are shorter than {args.ngram} words: not looked for"
+            f"{checker.num_too_short:,} evaluation documents are shorter than {args.ngram} words: not searched for"
         )
     if args.drop is not None:
         written = write_without(sources, findings, args.drop)
@@ -99,9 +100,9 @@ def _table(consumed: Consumption) -> Table:
         table.add_column(title, justify="right")
     for kind, values in consumed.shares.items():
         total = sum(counts.tokens for counts in values.values())
-        for place, (value, counts) in enumerate(sorted(values.items(), key=lambda item: -item[1].tokens)):
+        for number, (value, counts) in enumerate(sorted(values.items(), key=lambda item: -item[1].tokens)):
             table.add_row(
-                "" if place else kind,
+                "" if number else kind,
                 value,
                 f"{counts.tokens:,}",
                 f"{counts.tokens / max(total, 1):.1%}",

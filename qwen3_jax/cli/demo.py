@@ -1,5 +1,5 @@
-"""`qwen3-jax demo`: the review's example, the modes, and accuracy against fixed and automatic budgets, on the model
-that ships."""
+"""`qwen3-jax demo`: a worked example, the modes, and accuracy against fixed and automatic budgets, on the shipped
+model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from qwen3_jax.evaluate.budget_curve import Point, budget_curve, plot_budget_cur
 from qwen3_jax.serve import Engine, shipped_model
 from qwen3_jax.tasks.arithmetic import held_out_chains
 
-# B = 1 buys the newline after <think> and no thought yet.
+# Without 1: the newline after <think> would use up a budget of 1.
 BUDGETS = (0, 2, 3, 4, 5, 6, 7, 8, 9, 11)
-# From "the model all but excludes </think>" to the default.
+# From a probability at which the model all but excludes </think>, to the default.
 THRESHOLDS = (3e-7, 1e-6, 2e-6, 4e-6, 1e-5, 0.25)
 NUM_PROBLEMS = 200
 PROBLEM_SEED = 2025
@@ -26,12 +26,12 @@ PROBLEM_SEED = 2025
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `demo`."""
-    parser.add_argument("--model", type=Path, default=shipped_model(), help="directory; default: the model that ships")
+    parser.add_argument("--model", type=Path, default=shipped_model(), help="directory; default: the shipped model")
     parser.add_argument("--plot", type=Path, default=Path("runs/demo/budget.png"), help="default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Shows all four."""
+    """Prints the four parts."""
     console = Console(highlight=False)
     engine = Engine.load(args.model)
     examples = (

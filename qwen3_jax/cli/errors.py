@@ -1,4 +1,4 @@
-"""Bad input ends a command, all its processes, with one line and exit code 2."""
+"""Errors of a command: one line and exit code 2, in all of its processes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ T = TypeVar("T")
 
 
 def exits_cleanly(main: Callable[P, T]) -> Callable[P, T]:
-    """Wraps a command's main: a ValueError, FloatingPointError or OSError is printed, not traced; Ctrl-C is
-    quiet."""
+    """Wraps a command's main function. A ValueError, FloatingPointError or OSError is printed in one line, without a
+    traceback; Ctrl-C prints nothing. Other processes of the run are ended too."""
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:

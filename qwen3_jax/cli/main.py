@@ -1,4 +1,4 @@
-"""`qwen3-jax COMMAND`: the commands that are neither train.py nor infer.py."""
+"""`qwen3-jax COMMAND`: all commands other than train.py and infer.py."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from qwen3_jax.cli import convert, data, demo, pass_at_k, plan, suggest, tiny, t
 from qwen3_jax.cli.errors import exits_cleanly
 
 _COMMANDS = {
-    "demo": (demo, "the review's example and accuracy against the thinking budget"),
-    "convert": (convert, "Hugging Face checkpoint to Orbax, or back"),
+    "demo": (demo, "a worked example, and accuracy against the thinking budget, on the shipped model"),
+    "convert": (convert, "convert a Hugging Face checkpoint to Orbax, or back"),
     "pass-at-k": (pass_at_k, "accuracy and pass@k of a file of answers"),
-    "data": (data, "what a run has consumed; duplicates, and overlap with evaluation sets"),
-    "tokenize": (tokenize, "documents of a run to ArrayRecord shards of token ids"),
-    "plan": (plan, "what a run takes on a slice of TPUs, by compiling for it; no TPU is needed"),
+    "data": (data, "the data that a run has consumed; duplicates, and overlap with evaluation sets"),
+    "tokenize": (tokenize, "tokenise the documents of a run to ArrayRecord shards"),
+    "plan": (plan, "memory and speed of a run on a slice of TPUs, by compiling for it; needs no TPU"),
     "suggest": (suggest, "learning rate and batch size by a published scaling law"),
-    "tiny-data": (tiny, "write the data that the model that ships is trained on"),
+    "tiny-data": (tiny, "write the training data of the shipped model"),
 }
 
 

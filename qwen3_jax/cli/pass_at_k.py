@@ -1,4 +1,4 @@
-"""`qwen3-jax pass-at-k FILE`: how often k samples hold a right answer."""
+"""`qwen3-jax pass-at-k FILE`: the probability that k samples include a correct answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwen3_jax.evaluate.pass_at_k import plot_pass_at_k, score_file
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `pass-at-k`."""
-    parser.add_argument("file", type=Path, help="answers of infer.py to an --input whose lines have an `answer`")
+    parser.add_argument("file", type=Path, help="output of infer.py for an --input whose lines have an `answer`")
     parser.add_argument("--plot", type=Path, help="PNG of pass@k over k")
 
 
@@ -21,8 +21,8 @@ def run(args: argparse.Namespace) -> None:
     """Prints the table."""
     console = Console(highlight=False)
     score = score_file(args.file)
-    least, most = score.samples
-    samples = f"{least}" if least == most else f"{least} to {most}"
+    fewest, most = score.samples
+    samples = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     console.print(
         f"{score.prompts} prompts ({score.refused} refused), {samples} samples each, mean accuracy {score.accuracy:.3f}"
     )

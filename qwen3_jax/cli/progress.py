@@ -16,9 +16,10 @@ from qwen3_jax.serve.files import Tally
 _SECONDS_PER_LINE = 30
 
 
-def _bar(console: Console, verb: str = "decoded") -> Progress:
+def bar(console: Console, label: str = "decoded") -> Progress:
+    """A progress bar with a label; its tasks have a field `status`."""
     columns = (
-        TextColumn(verb),
+        TextColumn(label),
         MofNCompleteColumn(),
         BarColumn(),
         TextColumn("{task.fields[status]}"),
@@ -33,7 +34,7 @@ def _bar(console: Console, verb: str = "decoded") -> Progress:
 def decoding_progress(console: Console) -> Iterator[Callable[[int, int, int], None]]:
     """A bar for one batch, fed by `report(rows done, rows, tokens written)`."""
     start = time.perf_counter()
-    with _bar(console) as progress:
+    with bar(console) as progress:
         task = progress.add_task("", total=None, status="compiling")
 
         def report(done: int, total: int, tokens: int) -> None:
@@ -46,7 +47,7 @@ def decoding_progress(console: Console) -> Iterator[Callable[[int, int, int], No
 @contextmanager
 def file_progress(console: Console) -> Iterator[Callable[[Tally], None]]:
     """A bar for a file of prompts, and below it what the rows do; without a terminal a line now and then."""
-    progress, status = _bar(console), Text("reading", style="dim")
+    progress, status = bar(console), Text("reading", style="dim")
     task = progress.add_task("", total=None, status="")
     told = time.perf_counter()
     with Live(Group(progress, status), console=console) if console.is_terminal else nullcontext():
@@ -69,7 +70,7 @@ def file_progress(console: Console) -> Iterator[Callable[[Tally], None]]:
 @contextmanager
 def planning_progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
     """A bar of programs compiled; `begin(what)` as each begins. Without a terminal a line for each."""
-    with _bar(console, "compiled") as progress:
+    with bar(console, "compiled") as progress:
         task, begun = progress.add_task("", total=total, status=""), 0
 
         def begin(what: str) -> None:

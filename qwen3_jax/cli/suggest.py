@@ -1,4 +1,4 @@
-"""`qwen3-jax suggest --model NAME --tokens D`: where to begin with learning rate and batch size."""
+"""`qwen3-jax suggest --model NAME --tokens D`: initial values for learning rate and batch size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qwen3_jax.cli.config_file import load_model
 from qwen3_jax.optim import step_law
 
 _SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-# What the dense runs span that Step Law's authors published.
+# The range of the dense runs that Step Law was fitted on.
 _FITTED_WEIGHTS = (215e6, 1.07e9)
 _FITTED_TOKENS = (4e9, 100e9)
 
@@ -20,10 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `qwen3-jax suggest`."""
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--params", help="weights without embedding table and head, as 440M or 6.9B")
-    size.add_argument("--model", help="a size of configs/model by its name, or a YAML file like those")
-    parser.add_argument("--tokens", required=True, help="tokens of the whole run, as 100B or 30T")
-    parser.add_argument("--sequence-length", type=int, default=4096, help="of a row (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="one line of JSON")
+    size.add_argument("--model", help="a name in configs/model, or a YAML file like those")
+    parser.add_argument("--tokens", required=True, help="tokens of the complete run, as 100B or 30T")
+    parser.add_argument("--sequence-length", type=int, default=4096, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -49,14 +49,14 @@ def run(args: argparse.Namespace) -> None:
         f"batch_size     {rows:,} rows of {args.sequence_length:,}; the law says {batch_tokens:,.0f} tokens a step\n"
         f"steps          {steps:,}\n"
         "\n"
-        "By Step Law (Li et al. 2025, arXiv 2503.04715): a law of AdamW with 2,000 steps of warm-up and a cosine down\n"
-        "to a rate of 1e-5; not of Muon, of a constant rate, or of a later stage. Fitted on runs of 215M to 1.07B\n"
-        f"weights and 4B to 100B tokens; {' and '.join(outside) or 'this lies inside'}."
+        "By Step Law (Li et al. 2025, arXiv 2503.04715), for AdamW with 2,000 steps of warm-up and a cosine decay\n"
+        "to a rate of 1e-5; not for Muon, a constant rate, or a later stage. It was fitted on runs of 215M to 1.07B\n"
+        f"weights and 4B to 100B tokens: {' and '.join(outside) or 'this run is inside that range'}."
     )
 
 
 def _number(name: str, text: str) -> float:
-    """`text` as a number above 0, with a suffix K, M, B or T or none."""
+    """`text` as a number above 0, with an optional suffix K, M, B or T."""
     factor = _SUFFIXES.get(text[-1:].upper(), 1.0)
     try:
         value = float(text[:-1] if factor > 1 else text) * factor
@@ -68,14 +68,14 @@ def _number(name: str, text: str) -> float:
 
 
 def _weights(model: str) -> int:
-    """Weights of a model without embedding table and head."""
+    """Number of weights of a model without embedding table and head."""
     config = load_model(model)
     tables = 1 if config.tie_word_embeddings else 2
     return config.num_params - tables * config.vocab_size * config.hidden_size
 
 
 def _outside(name: str, value: float, fitted: tuple[float, float]) -> list[str]:
-    """What to say of a value outside the range that the law was fitted on; nothing for one inside."""
+    """A message for a value outside the range that the law was fitted on; empty for a value inside."""
     low, high = fitted
     if value < low:
         return [f"{name} {low / value:,.1f} times below that"]

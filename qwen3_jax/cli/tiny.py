@@ -1,4 +1,4 @@
-"""`qwen3-jax tiny-data DIR`: what the model that ships is trained on."""
+"""`qwen3-jax tiny-data DIR`: the training data of the shipped model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`qwen3-jax tokenize CONFIG OUT`: the documents of a run, tokenised once."""
+"""`qwen3-jax tokenize CONFIG OUT`: tokenises the documents of a run."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import argparse
 import os
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from qwen3_jax.cli.arguments import on_disk
 from qwen3_jax.cli.config_file import load_config, load_stages
+from qwen3_jax.cli.progress import bar
 from qwen3_jax.data import SourceConfig
 from qwen3_jax.data.counts import Counts
 from qwen3_jax.data.tokenize import DOCUMENTS_PER_SHARD, tokenize_source
@@ -18,12 +19,10 @@ from qwen3_jax.train import TrainConfig
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `tokenize`."""
-    parser.add_argument("config", help="a YAML file of a run or a plan, whose data.sources are read")
-    parser.add_argument("out", type=on_disk, help="where each source gets a directory OUT/NAME of ArrayRecord shards")
+    parser.add_argument("config", help="a run file; its data.sources are read")
+    parser.add_argument("out", type=on_disk, help="the ArrayRecord shards of each source are written to OUT/NAME")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    parser.add_argument(
-        "--documents-per-shard", type=int, default=DOCUMENTS_PER_SHARD, help="documents (default: %(default)s)"
-    )
+    parser.add_argument("--documents-per-shard", type=int, default=DOCUMENTS_PER_SHARD, help="default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,22 +37,13 @@ def run(args: argparse.Namespace) -> None:
             first, tokenizer = sources.setdefault(source.name, (source, config.data.tokenizer))
             if (first.paths, tokenizer) != (source.paths, config.data.tokenizer):
                 raise ValueError(
-                    f"stages.{stage}.data.sources.{source.name}: other paths or another tokenizer than a stage before; "
-                    "one name for the same files fits"
+                    f"stages.{stage}.data.sources.{source.name}: other paths or another tokenizer than an earlier "
+                    "stage; another name fits"
                 )
     console = Console(highlight=False)
-    columns = (
-        TextColumn("{task.description}"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
     for source, tokenizer in sources.values():
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task(source.name, total=None, status="reading")
+        with bar(console, source.name) as progress:
+            task = progress.add_task("", total=None, status="reading")
 
             def report(done: Counts, total: int, progress: Progress = progress, task: int = task) -> None:
                 status = f"{done.tokens:,} tokens"

@@ -1,4 +1,4 @@
-"""The catalogue of a run's sources, and what the run has consumed of each by the counters in its newest checkpoint."""
+"""The catalogue of a run's sources, and how much of each the run has consumed (from its newest checkpoint)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from etils import epath
 
 from qwen3_jax.data import manifest
 from qwen3_jax.data.config import DataConfig
-from qwen3_jax.data.counts import Counts, Tally
+from qwen3_jax.data.counts import Counts, LabelCounts
 from qwen3_jax.data.source import expand
 
 _NAME = "sources.json"
@@ -21,8 +21,8 @@ _UNKNOWN = "unknown"
 
 
 def write_catalogue(config: DataConfig, directory: Path) -> None:
-    """Writes licence, origin and languages of each source to `sources.json`; what the configuration leaves out is
-    taken from the manifests of tokenised files."""
+    """Writes licence, origin and languages of each source to `sources.json`. Defaults for the configuration's values
+    come from the manifests of tokenised files."""
     entries = {}
     for source in config.sources:
         files = [file for path in source.paths for file in expand(path, f"sources.{source.name}.paths")]
@@ -42,12 +42,12 @@ def _joined(values: Iterable[str | None]) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Consumption:
-    """What a run has consumed up to `step`.
+    """The data that a run has consumed up to `step`.
 
     Attributes:
-      epochs: passes over each source that its lanes have drawn.
-      shares: {"source" | "licence" | "language" | a label of the documents: {value: Counts}}. Each kind adds up to the
-        same. Languages are those of the label `language`, else those that the source declares.
+      epochs: number of epochs of each source that were drawn.
+      shares: {"source" | "licence" | "language" | a label of the documents: {value: Counts}}. All kinds have the same
+        total. The language is the value of the label `language`, or else what the source declares.
     """
 
     step: int
@@ -60,33 +60,33 @@ class Consumption:
 
 
 def consumption(run: epath.Path | Path) -> Consumption:
-    """What a run has consumed, by the lanes' counters in its newest checkpoint.
+    """The data that a run has consumed, from the lanes' counters in its newest checkpoint.
 
     Raises:
-      ValueError: the directory holds no such run.
+      ValueError: the directory is not that of a run with a checkpoint.
     """
     if not (run / _NAME).is_file():
         raise ValueError(f"run: {str(run)!r} holds no {_NAME}; the output_dir of a training run fits")
     catalogue = json.loads((run / _NAME).read_text(encoding="utf-8"))
     step, lanes = _newest_lanes(run)
-    tallies = {name: Tally() for name in catalogue}
+    consumed = {name: LabelCounts() for name in catalogue}
     epochs = dict.fromkeys(catalogue, 0.0)
     for lane in lanes.values():
         for name in catalogue:
-            tallies[name].merge(Tally.from_json(lane["consumed"][name]))
+            consumed[name].merge(LabelCounts.from_json(lane["consumed"][name]))
             epochs[name] += lane["sources"][name][0] / lane["order"]["sources"][name]["documents"]
-    labels = sorted({label for tally in tallies.values() for label in tally.labels} - {"language"})
+    labels = sorted({label for source in consumed.values() for label in source.labels} - {"language"})
     shares: dict[str, dict[str, Counts]] = {kind: {} for kind in ("source", "licence", "language", *labels)}
 
     def add(kind: str, value: str, counts: Counts) -> None:
         shares[kind][value] = shares[kind].get(value, Counts()).plus(counts)
 
-    for name, tally in tallies.items():
-        add("source", name, tally.total)
-        add("licence", catalogue[name]["licence"] or _UNKNOWN, tally.total)
+    for name, source in consumed.items():
+        add("source", name, source.total)
+        add("licence", catalogue[name]["licence"] or _UNKNOWN, source.total)
         for label in ("language", *labels):
-            rest = tally.total
-            for value, counts in tally.labels.get(label, {}).items():
+            rest = source.total
+            for value, counts in source.labels.get(label, {}).items():
                 add(label, value, counts)
                 rest = rest.minus(counts)
             if rest.tokens:

@@ -1,4 +1,4 @@
-"""What to train on: sources, their weights, and the shape of the batches."""
+"""The configuration of the training data: sources, their weights, and the shape of the batches."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ Labels = dict[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """Documents of one origin, with what the catalogue says of them.
+    """Documents of one origin.
 
     Attributes:
       name: short and unique; it seeds the order of the source's documents.
       paths: files or globs, local or on a file system that fsspec knows (gs://); .jsonl, .txt, .parquet, .arrayrecord.
-      weight: its share of the tokens is weight / sum of all weights.
-      licence, origin, languages: for the catalogue; what is not said here comes from the manifest of tokenised files.
-      tokens: [min, max], both inclusive; documents of another length, in tokens, are passed over.
-      label_weights: {label: {value: weight}}; relative chances of the source's documents by the labels that their
-        records carry. "*" stands for every other value and for none; without it they have weight 1. The weights of
-        several labels multiply. A document is kept in a share weight / (largest weight) of the passes over the source.
+      weight: the source's share of the tokens is weight / sum of all weights.
+      licence, origin, languages: for the catalogue; defaults come from the manifests of tokenised files.
+      tokens: [min, max], inclusive; documents with another number of tokens are skipped.
+      label_weights: {label: {value: weight}}; relative frequencies of the source's documents by their records' labels.
+        "*" stands for every other value and for a missing label; its default is 1. The weights of several labels
+        multiply. A document is used in a fraction weight / (largest weight) of the epochs.
 
     Raises:
       ValueError: naming the field, its value and what would fit.
@@ -47,10 +47,10 @@ class SourceConfig:
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"{where}.weight: {self.weight!r}; a number > 0 fits")
         if self.tokens is not None:
-            least, most = self.tokens
-            if not 2 <= least <= most:
-                raise ValueError(f"{where}.tokens: {[least, most]}; [min, max] with 2 <= min <= max fits")
-            object.__setattr__(self, "tokens", (least, most))
+            low, high = self.tokens
+            if not 2 <= low <= high:
+                raise ValueError(f"{where}.tokens: {[low, high]}; [min, max] with 2 <= min <= max fits")
+            object.__setattr__(self, "tokens", (low, high))
         for label, weights in self.label_weights.items():
             for value, weight in weights.items():
                 if not 0 <= weight < float("inf"):
@@ -58,27 +58,27 @@ class SourceConfig:
             if max([*weights.values(), 1.0 if "*" not in weights else 0.0]) == 0:
                 raise ValueError(f"{where}.label_weights.{label}: all 0; at least one number > 0 fits")
 
-    def keep(self, labels: Labels) -> float:
-        """In what share of the passes over the source a document with these labels is kept."""
-        share = 1.0
+    def epoch_fraction(self, labels: Labels) -> float:
+        """The fraction of the epochs in which a document with these labels is used."""
+        fraction = 1.0
         for label, weights in self.label_weights.items():
             other = weights.get("*", 1.0)
-            share *= weights.get(labels.get(label, "*"), other) / max(other, *weights.values())
-        return share
+            fraction *= weights.get(labels.get(label, "*"), other) / max(other, *weights.values())
+        return fraction
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What to train on, and in what shape.
+    """The mixture and the shape of the batches.
 
     Attributes:
-      sources: the mixture.
+      sources: of the mixture.
       tokenizer: directory of the tokenizer.
       sequence_length: tokens of a packed row.
       batch_size: rows of a step, over all processes.
       seed: of the order of the documents.
-      shuffle: off, documents come in the order of the files in every epoch.
-      workers: processes of each host that read and tokenise; 0 reads in a thread. It changes no batch.
+      shuffle: False: every epoch has the documents in the order of the files.
+      workers: processes per host that read and tokenise; 0 reads in a thread. The batches do not depend on it.
 
     Raises:
       ValueError: naming the field, its value and what would fit.

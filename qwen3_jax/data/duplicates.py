@@ -1,16 +1,15 @@
-"""Documents that occur twice, that nearly do, or that hold a piece of an evaluation set.
+"""Exact and near duplicates among documents, and overlap with evaluation sets.
 
-Texts are compared in NFKC, in lower case, as words (runs of letters and digits), so that spacing and punctuation make
-no difference.
+Texts are compared as sequences of words (runs of letters and digits), in NFKC and lower case. Spacing and punctuation
+make no difference.
 
 - Exact: the same words.
-- Near: Jaccard similarity of the sets of five-word shingles at least a threshold, estimated by MinHash and found by
-  locality-sensitive hashing (Broder 1997), with 128 permutations; the threshold is 0.8 as in Lee et al. 2022 (arXiv
-  2107.06499).
-- Overlap: a run of n words that a document of an evaluation set has, too; n = 13 as in Brown et al. 2020 (arXiv
+- Near: the Jaccard similarity of the sets of five-word shingles reaches a threshold. MinHash with 128 permutations and
+  locality-sensitive hashing estimate it (Broder 1997). The default is 0.8, as in Lee et al. 2022 (arXiv 2107.06499).
+- Overlap: a run of n words that also occurs in a document of an evaluation set; n = 13, as in Brown et al. 2020 (arXiv
   2005.14165, appendix C).
 
-Of documents that are alike the first is kept. Memory is that of the signatures, about 2 KiB a document.
+Of duplicates, the first document is kept. Memory is about 2 KiB per document, for the MinHash signatures.
 """
 
 from __future__ import annotations
@@ -37,27 +36,27 @@ _WORD = re.compile(r"[^\W_]+")
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A document that may be left out, why, and what it is like. Of both the content is left out."""
+    """A document to drop, the reason, and the document that it duplicates. Both are stored without their content."""
 
     document: Document
     kind: Kind
     like: Document
 
     def to_json(self) -> dict[str, str]:
-        """By places, for which the files are read up to there."""
-        return {"place": self.document.place, "kind": self.kind, "like": self.like.place}
+        """JSON data with the locations of both, for which their files are read up to the documents."""
+        return {"place": self.document.location, "kind": self.kind, "like": self.like.location}
 
 
 class Checker:
-    """Compares documents, one after the other, with those before and with evaluation sets.
+    """Compares each document with the documents before it and with evaluation sets.
 
     Args:
-      evaluations: files of evaluation sets, read like sources; of a .jsonl record every string counts.
+      evaluations: files of evaluation sets, read like sources; every string of a .jsonl record is used.
       ngram: words of an overlap.
-      threshold: of near duplicates, in (0, 1); 0 does not look for them.
+      threshold: of near duplicates, in (0, 1); 0 turns the search for them off.
 
     Raises:
-      ValueError: for a file or a number that does not fit, or where near duplicates need datasketch and it is missing.
+      ValueError: an unusable file or number; or datasketch, which near duplicates need, is not installed.
     """
 
     def __init__(self, evaluations: Sequence[str], ngram: int = NGRAM, threshold: float = THRESHOLD) -> None:
@@ -77,7 +76,7 @@ class Checker:
                 self._evaluated.setdefault(gram, _without_content(document))
 
     def check(self, document: Document) -> Finding | None:
-        """Why the document may be left out, None if it may not; an overlap goes before a duplicate."""
+        """The reason to drop the document, None if there is none. Overlap has priority over duplicates."""
         words = _words(text_of(document))
         document = _without_content(document)
         found = next((self._evaluated[gram] for gram in _grams(words, self._ngram) if gram in self._evaluated), None)
@@ -91,13 +90,13 @@ class Checker:
 
 
 def text_of(document: Document) -> str:
-    """The text of a document, of a chat the contents of its messages.
+    """The text of a document; for a chat, the contents of its messages.
 
     Raises:
-      ValueError: `file:line: reason` for a document without one.
+      ValueError: `file:line: reason` for a document without text.
     """
     if document.form == "tokens":
-        raise ValueError(f"{document.place}: holds token ids; the documents that they were made of fit")
+        raise ValueError(f"{document.location}: token ids; the documents before tokenising fit")
     try:
         if document.form == "text":
             return document.content.decode("utf-8")
@@ -107,14 +106,14 @@ def text_of(document: Document) -> str:
         keys = ("content", "reasoning_content")
         return "\n".join(message[key] for message in record["messages"] for key in keys if message.get(key))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{document.place}: no document ({error!r})") from None
+        raise ValueError(f"{document.location}: not a document ({error!r})") from None
 
 
 def write_without(sources: Iterable[DocumentSource], findings: Iterable[Finding], directory: Path) -> int:
-    """Writes the documents that are not among the findings as .jsonl files under their files' names; returns how many.
+    """Writes the documents without findings to .jsonl files named after their files. Returns the number of documents.
 
     Raises:
-      ValueError: two files have the same name, or there is one in the directory.
+      ValueError: two files have the same name, or one exists in the directory.
     """
     directory.mkdir(parents=True, exist_ok=True)
     dropped = {(finding.document.path, finding.document.start) for finding in findings}
@@ -128,8 +127,8 @@ def write_without(sources: Iterable[DocumentSource], findings: Iterable[Finding]
                     target = directory / f"{Path(document.path).stem}.jsonl"
                     if target.exists():
                         raise ValueError(
-                            f"drop: {str(target)!r} is there already; an empty directory, and files with "
-                            "names of their own, fit"
+                            f"drop: {str(target)!r} exists; an empty directory, and source files with different names, "
+                            "fit"
                         )
                     targets[document.path] = target.open("x", encoding="utf-8")
                 if (document.path, document.start) not in dropped:
@@ -165,14 +164,14 @@ def _near_finder(threshold: float) -> Callable[[Sequence[str], Document], Docume
             f"near: {threshold}, but datasketch is not installed; `pip install datasketch` or 0 (off) fits"
         ) from None
     index = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
-    before: list[tuple[Any, Document]] = []  # the index holds their numbers
+    before: list[tuple[Any, Document]] = []  # the index stores positions in this list
 
     def find(words: Sequence[str], document: Document) -> Document | None:
-        """A document before this one that is alike; else takes this one in."""
+        """An earlier near duplicate of the document. Without one, the document is added to the index."""
         signature = MinHash(num_perm=_PERMUTATIONS, seed=1)
         size = min(_SHINGLE, len(words))
         signature.update_batch([" ".join(words[i : i + size]).encode() for i in range(len(words) - size + 1)])
-        # What shares a bucket need not be alike.
+        # The index returns candidates only: documents that share a bucket.
         for other in sorted(index.query(signature)):
             if signature.jaccard(before[other][0]) >= threshold:
                 return before[other][1]
@@ -195,7 +194,7 @@ def _strings(document: Document) -> Iterator[str]:
     try:
         values = [json.loads(document.content)]
     except ValueError as error:
-        raise ValueError(f"{document.place}: {error}") from None
+        raise ValueError(f"{document.location}: {error}") from None
     while values:
         value = values.pop(0)
         if isinstance(value, str):

@@ -1,13 +1,13 @@
-"""From a document to examples: token ids, and which of them are in the loss.
+"""From a document to examples: token ids, and a mask of the tokens in the loss.
 
 A `.txt` document is plain text. A record of the other formats is an object with one of two keys:
 
-- `"text"`: plain language modelling. An end-of-text id is appended and every token is in the loss. A text longer than
-  T ids is split into chunks of T that overlap in one token, so that every token but the first is a target just once.
-- `"messages"`: a chat, rendered by the template; what the assistant writes is in the loss. `"tools"` are the functions
-  of its system turn. `"no_loss"` is a list of strings: a token that holds a character of an occurrence of one is left
-  out of the loss, for text that was injected and not written by the model. A chat longer than T ids keeps its first
-  T, which is logged with a running count.
+- `"text"`: plain language modelling. An end-of-text id is appended, and every token is in the loss. A text longer than
+  T ids is split into chunks of T that overlap by one token, so that every token but the first is a target exactly once.
+- `"messages"`: a chat, rendered by the template. The tokens that the assistant generates are in the loss. `"tools"` are
+  the functions of the system turn. `"no_loss"` is a list of strings: tokens that overlap an occurrence of one are not
+  in the loss, for text that is injected in decoding. A chat longer than T ids is truncated to its first T, which is
+  logged with a running count.
 
 `"labels"` may be an object of strings, such as {"domain": "math", "language": "en"}. Other keys are ignored.
 
@@ -37,7 +37,7 @@ _HEADER = struct.Struct("<I?")  # number of tokens, is_text
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """Ids of one segment of a row, and 1 for those in the loss."""
+    """The ids of one segment of a row, and a mask that is 1 for those in the loss."""
 
     tokens_N: np.ndarray  # int32
     loss_mask_N: np.ndarray  # uint8
@@ -48,19 +48,18 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A whole document: its ids, those of them in the loss, its labels, and whether it is text or a chat."""
+    """A complete document as one example, its labels, and whether it is a text or a chat."""
 
-    whole: Example
+    example: Example
     labels: Labels
     is_text: bool
 
     def to_bytes(self) -> bytes:
         """The record of an ArrayRecord shard."""
         labels = json.dumps(self.labels, ensure_ascii=False).encode() if self.labels else b""
-        tokens = self.whole.tokens_N.astype("<i4").tobytes()
-        return b"".join(
-            (_HEADER.pack(len(self.whole), self.is_text), tokens, np.packbits(self.whole.loss_mask_N).tobytes(), labels)
-        )
+        header = _HEADER.pack(len(self.example), self.is_text)
+        tokens = self.example.tokens_N.astype("<i4").tobytes()
+        return b"".join((header, tokens, np.packbits(self.example.loss_mask_N).tobytes(), labels))
 
     @classmethod
     def from_bytes(cls, record: bytes) -> Encoded:
@@ -81,7 +80,7 @@ class Encoder:
         _, self._end_of_text = tokenizer.eos_ids
 
     def __call__(self, document: Document) -> Encoded:
-        """A document with its end, N > 1.
+        """The document with its end-of-text id or last turn, N > 1.
 
         Raises:
           ValueError: `file:line: reason` for a document that is malformed.
@@ -95,7 +94,7 @@ class Encoder:
                 return Encoded(_example(ids_N, np.ones(len(ids_N))), record["labels"], is_text=True)
             return Encoded(self._encode_chat(record), record["labels"], is_text=False)
         except ValueError as error:
-            raise ValueError(f"{document.place}: {error}") from error
+            raise ValueError(f"{document.location}: {error}") from error
 
     def _encode_chat(self, record: dict[str, Any]) -> Example:
         rendered = chat.render(
@@ -107,13 +106,13 @@ class Encoder:
         return _example(ids_N, mask_N)
 
     def _holds(self, text: str, ids_N: Sequence[int]) -> np.ndarray:
-        """[N] bool: the token holds a character of an occurrence of `text`."""
-        # By characters, as the ids of `text` alone differ from those in context, where its ends merge with neighbours.
+        """[N] bool: whether the token overlaps an occurrence of `text`."""
+        # Compare characters, not ids: within a longer text, the ends of `text` may merge with their neighbours.
         pieces, spans_N2, offset = [], [], 0
         start = 0
         for stop in range(1, len(ids_N) + 1):
             piece = self._tokenizer.decode(ids_N[start:stop])
-            # A character may be spread over up to four tokens, which then share its span.
+            # A character may be spread over up to four tokens, which then all get its span.
             if "\ufffd" in piece and stop - start < 4 and stop < len(ids_N):
                 continue
             pieces.append(piece)
@@ -139,20 +138,17 @@ class Cutter:
         self._num_truncated = 0
 
     def __call__(self, encoded: Encoded, document: Document) -> list[Example]:
-        """The examples of a document, 1 < N <= T; the `document` itself is for the log."""
-        whole, length = encoded.whole, self._sequence_length
-        starts = range(0, len(whole) - 1, length - 1) if encoded.is_text else range(1)
-        if not encoded.is_text and len(whole) > length:
+        """The examples of a document, 1 < N <= T. `document` is used for the log only."""
+        full, length = encoded.example, self._sequence_length
+        starts = range(0, len(full) - 1, length - 1) if encoded.is_text else range(1)
+        if not encoded.is_text and len(full) > length:
             self._num_truncated += 1
-            if self._num_truncated.bit_count() == 1:  # 1, 2, 4, 8, ...: the log stays short.
+            if self._num_truncated.bit_count() == 1:  # log only counts 1, 2, 4, 8, ...
                 _log.warning(
                     "%s: chat of %d tokens truncated to sequence_length %d; %d truncated so far",
-                    *(document.place, len(whole), length, self._num_truncated),
+                    *(document.location, len(full), length, self._num_truncated),
                 )
-        return [
-            Example(whole.tokens_N[start : start + length], whole.loss_mask_N[start : start + length])
-            for start in starts
-        ]
+        return [Example(full.tokens_N[i : i + length], full.loss_mask_N[i : i + length]) for i in starts]
 
 
 def _example(ids_N: Sequence[int], mask_N: np.ndarray) -> Example:
@@ -160,14 +156,15 @@ def _example(ids_N: Sequence[int], mask_N: np.ndarray) -> Example:
 
 
 def _parse(document: Document) -> dict[str, Any]:
-    """The record of a document, checked as far as rendering does not check it."""
+    """The record of a document. What `chat.render` checks is not checked here."""
     text = document.content.decode("utf-8")
     if document.form == "text":
         return {"text": text.rstrip("\r\n"), "labels": {}}
     record = json.loads(text)
     if not isinstance(record, dict) or ("text" in record) == ("messages" in record):
         raise ValueError('not an object with one of the keys "text" and "messages"')
-    # An escaped half of a surrogate pair is JSON, but no text; tokenizers fail on it with a TypeError.
+    # An escaped unpaired surrogate is valid JSON but not valid text. Encoding it raises a ValueError here; tokenizers
+    # would raise a TypeError.
     json.dumps(record, ensure_ascii=False).encode("utf-8")
     labels = record["labels"] if record.get("labels") is not None else {}
     if not isinstance(labels, dict) or not all(isinstance(value, str | None) for value in labels.values()):

@@ -1,13 +1,17 @@
-"""Lanes: row r of every batch is lane r, an endless stream of its own.
+"""Lanes: row r of every batch comes from lane r, an endless stream of rows.
 
-A lane is a function of the configuration and its number alone, so the tokens of step s do not depend on how many
-processes or workers share the lanes. Of L lanes (L is the batch size), lane r takes from each source the documents at
-r, r + L, r + 2 L, ... of the source's endless order: together they read each epoch once, and it does not matter whether
-a source has fewer documents than there are lanes.
+A lane depends on the configuration and its number only. The tokens of a step are therefore the same for any number of
+processes and workers, which only divide the lanes among themselves. Of L lanes (L is the batch size), lane r reads the
+documents at positions r, r + L, r + 2 L, ... of each source's endless order. Together the lanes read each epoch once,
+also where a source has fewer documents than there are lanes:
 
-Which source comes next is decided per example: the one with the smallest (tokens drawn + phase) / weight. So a lane's
-tokens follow the weights up to one example of each source. The phases, which differ from lane to lane, spread the
-lanes' turns: without them all lanes would draw from a rare source in the same step.
+    position in the order   0  1  2 | 3  4  5 | 6  7  8 | ...      L = 3
+    lane                    0  1  2 | 0  1  2 | 0  1  2 | ...
+    turn of the lane        0  0  0 | 1  1  1 | 2  2  2 | ...
+
+Each example is drawn from the source with the smallest (tokens drawn + phase) / weight, so the tokens of a lane follow
+the weights up to one example of each source. The phase differs from lane to lane. Without it, all lanes would draw from
+a rare source in the same step.
 """
 
 from __future__ import annotations
@@ -19,19 +23,19 @@ from typing import Any
 import numpy as np
 
 from qwen3_jax.data.config import DataConfig, Labels
-from qwen3_jax.data.counts import Counts, Tally
+from qwen3_jax.data.counts import Counts, LabelCounts
 from qwen3_jax.data.examples import Example
 from qwen3_jax.data.mixture import Drawn, Stream, uniform
 from qwen3_jax.data.packing import OpenRow, OpenRows, to_arrays
 from qwen3_jax.text.tokenizer import fingerprint
 
-_GOLDEN = 0.6180339887498949  # multiples of it modulo 1 lie evenly spread
-_MAX_MISFITS = 1_000_000
+_GOLDEN = 0.6180339887498949  # its multiples modulo 1 are evenly spread
+_MAX_SKIPPED = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class _Segment:
-    """An example in an open row, and where it is from: example `part` of the lane's `turn`-th document of a source."""
+    """An example in an open row, and its origin: example `part` of the lane's `turn`-th document of a source."""
 
     example: Example
     source: int
@@ -44,7 +48,7 @@ class _Segment:
 
 
 class _Cursor:
-    """A lane's place in one source."""
+    """A lane's position in one source."""
 
     def __init__(self, stream: Stream, lane: int, num_lanes: int) -> None:
         self.stream = stream
@@ -56,7 +60,7 @@ class _Cursor:
 
     @property
     def due(self) -> float:
-        """The lane draws from the source where this is smallest."""
+        """The lane draws from the source with the smallest value."""
         if self.phase is None:
             spread = (uniform(self.stream.source.name) + self._lane * _GOLDEN) % 1
             self.phase = spread * len(self.peek().examples[self.part])
@@ -69,14 +73,14 @@ class _Cursor:
         return self._held[1]
 
     def peek(self) -> Drawn:
-        """The document of the next example; moves on over documents that have none left."""
-        misfits = 0
+        """The document of the next example. Skips documents without further examples."""
+        skipped = 0
         while self.part >= len((drawn := self.document(self.turn)).examples):
-            misfits = 0 if drawn.fits else misfits + 1
-            if misfits > min(32 * self.stream.num_documents, _MAX_MISFITS):
+            skipped = 0 if drawn.eligible else skipped + 1
+            if skipped > min(32 * self.stream.num_documents, _MAX_SKIPPED):
                 source = self.stream.source
                 raise ValueError(
-                    f"sources.{source.name}: of {misfits:,} documents in a row none is kept; "
+                    f"sources.{source.name}: of {skipped:,} documents in a row none is used; "
                     f"wider `tokens` than {source.tokens} or other `label_weights` fit"
                 )
             self.turn, self.part = self.turn + 1, 0
@@ -84,20 +88,20 @@ class _Cursor:
 
 
 class Lane:
-    """One row of every batch, with exact state after each row."""
+    """One row of every batch, with an exact state after each row."""
 
     def __init__(self, config: DataConfig, streams: Sequence[Stream], lane: int, pad_id: int) -> None:
         self._length, self._pad_id = config.sequence_length, pad_id
         self._cursors = [_Cursor(stream, lane, config.batch_size) for stream in streams]
         self._open: OpenRows[_Segment] = OpenRows(self._length)
-        self._consumed = {stream.source.name: Tally() for stream in streams}
+        self._consumed = {stream.source.name: LabelCounts() for stream in streams}
         self._order = order_of(config, streams)
 
     def next_row(self) -> dict[str, np.ndarray]:
-        """The next row, arrays [T]; `qwen3_jax.data.packing.to_arrays` says which.
+        """The next row: the arrays [T] of `qwen3_jax.data.packing.to_arrays`.
 
         Raises:
-          ValueError: `file:line: reason` for a document that is malformed.
+          ValueError: `file:line: reason` for a malformed document.
         """
         closed = None
         while closed is None:
@@ -114,9 +118,9 @@ class Lane:
         return to_arrays([segment.example for segment in closed], self._length, self._pad_id)
 
     def get_state(self) -> dict[str, Any]:
-        """What `set_state` needs to go on after the last row, fit for JSON.
+        """The position after the last row, as JSON data for `set_state`.
 
-        Of the open rows it has not the tokens but, for each segment, three numbers that find them again.
+        It stores no tokens: each segment of the open rows is stored as the three numbers of its origin.
         """
         return {
             "order": self._order,
@@ -128,18 +132,18 @@ class Lane:
                 [row.age, *(number for item in row.items for number in (item.source, item.turn, item.part))]
                 for row in self._open.rows
             ],
-            "consumed": {name: tally.to_json() for name, tally in self._consumed.items()},
+            "consumed": {name: counts.to_json() for name, counts in self._consumed.items()},
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Moves to where `get_state` was called, under a configuration of the same order."""
+        """Moves to a position of `get_state`. `refuse_other_order` must have accepted it."""
         for cursor in self._cursors:
             cursor.turn, cursor.part, cursor.tokens, cursor.phase = state["sources"][cursor.stream.source.name]
         self._open = OpenRows(self._length)
         for age, *numbers in state["open_rows"]:
             items = [self._segment(*numbers[i : i + 3]) for i in range(0, len(numbers), 3)]
             self._open.rows.append(OpenRow(items, sum(map(len, items)), age))
-        self._consumed = {name: Tally.from_json(tally) for name, tally in state["consumed"].items()}
+        self._consumed = {name: LabelCounts.from_json(counts) for name, counts in state["consumed"].items()}
 
     def _segment(self, source: int, turn: int, part: int) -> _Segment:
         drawn = self._cursors[source].document(turn)
@@ -147,7 +151,7 @@ class Lane:
 
 
 def order_of(config: DataConfig, streams: Sequence[Stream]) -> dict[str, Any]:
-    """All that the order of the tokens depends on; a position means nothing under another one."""
+    """Everything that determines the order of the tokens. A position is valid under the same order only."""
     return {
         "seed": config.seed,
         "shuffle": config.shuffle,
@@ -167,16 +171,18 @@ def order_of(config: DataConfig, streams: Sequence[Stream]) -> dict[str, Any]:
 
 
 def refuse_other_order(order: Mapping[str, Any], state: Mapping[str, Any], lanes: Sequence[str]) -> None:
-    """Refuses the `state` of lanes that `lanes` cannot go on from.
+    """Checks that `lanes` can resume from `state`, which maps lanes to their positions.
 
     Raises:
-      ValueError: naming what of the configuration is not as it was, or the lane that is missing.
+      ValueError: naming the part of the configuration that differs, or the lane that is missing.
     """
     for saved in state.values():
         _refuse_difference(order, saved["order"], "data")
     missing = [lane for lane in lanes if lane not in state]
     if missing:
-        raise ValueError(f"data: the saved position lacks lane {missing[0]}; that of all processes together fits")
+        raise ValueError(
+            f"data: the saved position lacks lane {missing[0]}; the union of all processes' positions fits"
+        )
 
 
 def _refuse_difference(now: Any, then: Any, where: str) -> None:
@@ -185,4 +191,4 @@ def _refuse_difference(now: Any, then: Any, where: str) -> None:
             _refuse_difference(now[key], then[key], f"{where}.{key}")
     elif now != then:
         now, then = (list(value) if isinstance(value, dict) else value for value in (now, then))
-        raise ValueError(f"{where}: {now!r}, but the data position was saved under {then!r}; that fits")
+        raise ValueError(f"{where}: {now!r}, but the data position was saved under {then!r}; {then!r} fits")

@@ -1,4 +1,4 @@
-"""`manifest.json`, which stands beside ArrayRecord shards of token ids and says what they hold."""
+"""`manifest.json`, which describes the ArrayRecord shards of token ids in its directory."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ NAME = "manifest.json"
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a directory of tokenised shards holds.
+    """The contents of a directory of tokenised shards.
 
     Attributes:
-      name, licence, origin, languages: of the source, as its SourceConfig had them.
-      tokenizer: fingerprint of the tokenizer that made the ids.
-      documents, tokens, loss_tokens: in all shards. documents_per_shard: the last one may hold fewer.
-      shards: documents of each file; empty until all files are written.
+      name, licence, origin, languages: of the source, from its SourceConfig.
+      tokenizer: fingerprint of the tokenizer.
+      documents, tokens, loss_tokens: totals of all shards.
+      documents_per_shard: the last shard may hold fewer.
+      shards: number of documents of each file; empty until all files are written.
     """
 
     name: str
@@ -40,7 +41,7 @@ def beside(path: str) -> Manifest | None:
     """The manifest in the directory of the file `path`, None where there is none.
 
     Raises:
-      ValueError: it is no manifest, or one of files that are not all written.
+      ValueError: the file is not a manifest, or tokenising was not finished.
     """
     fs, inner = fsspec.core.url_to_fs(path.rpartition("/")[0] + "/" + NAME if "/" in path else NAME)
     if not fs.exists(inner):
@@ -55,7 +56,7 @@ def from_json(text: str | bytes) -> Manifest:
     """The inverse of `Manifest.to_json`.
 
     Raises:
-      ValueError: it is no manifest.
+      ValueError: `text` is not a manifest.
     """
     try:
         return Manifest(**json.loads(text))

@@ -1,4 +1,4 @@
-"""A source's documents in an endless order, from which the lanes draw."""
+"""A source's documents in an endless order, which the lanes draw from."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from qwen3_jax.text.tokenizer import fingerprint, load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A document cut into examples; none if it was passed over. `fits` is False if no later pass will keep it."""
+    """A document cut into examples. There are none in an epoch that skips it. `eligible`: False if every epoch does."""
 
     examples: list[Example]
     labels: Labels
-    fits: bool = True
+    eligible: bool = True
 
 
 class Stream:
-    """The documents of a source in an endless order: one epoch after the other, each shuffled by itself.
+    """The documents of a source in an endless order: epoch after epoch, each in a shuffled order of its own.
 
     Position p is in epoch p // (number of documents). The order is a function of the seed, the source's name and the
-    epoch. Any position can be read.
+    epoch. Positions have random access.
     """
 
     def __init__(self, source: SourceConfig, documents: DocumentSource, encode: Encoder, cut: Cutter, data: DataConfig):
@@ -36,23 +36,24 @@ class Stream:
         self._shuffle = data.shuffle
 
     def draw(self, position: int) -> Drawn:
-        """The document at `position`, or what is left of it by the source's `tokens` and `label_weights`.
+        """The document at `position`, without examples if the source's `tokens` or `label_weights` skip it.
 
         Raises:
-          ValueError: `file:line: reason` for a document that is malformed.
+          ValueError: `file:line: reason` for a malformed document.
         """
         epoch, index = divmod(position, self.num_documents)
         if self._shuffle:
             index = shuffled(index, self.num_documents, self._salt, epoch)
         document = self._documents[index]
         encoded = self._encode(document)
-        least, most = self.source.tokens or (0, math.inf)
-        keep = self.source.keep(encoded.labels)
-        if keep == 0 or not least <= len(encoded.whole) <= most:
-            return Drawn([], encoded.labels, fits=False)
-        # Over the passes, keep = 0.3 gives each document its turn three times in ten, evenly spread.
+        low, high = self.source.tokens or (0, math.inf)
+        fraction = self.source.epoch_fraction(encoded.labels)
+        if fraction == 0 or not low <= len(encoded.example) <= high:
+            return Drawn([], encoded.labels, eligible=False)
+        # Used in the epochs in which phase + epoch * fraction passes an integer: with a fraction of 0.3, in three of
+        # ten epochs, evenly spaced. The phase spreads the documents over the epochs.
         phase = uniform(self._salt, index)
-        if math.floor(phase + (epoch + 1) * keep) == math.floor(phase + epoch * keep):
+        if math.floor(phase + (epoch + 1) * fraction) == math.floor(phase + epoch * fraction):
             return Drawn([], encoded.labels)
         return Drawn(self._cut(encoded, document), encoded.labels)
 
@@ -61,7 +62,7 @@ def open_streams(config: DataConfig) -> list[Stream]:
     """The streams of all sources, in the order of the configuration.
 
     Raises:
-      ValueError: naming the path that does not fit, or the source that another tokenizer has tokenised.
+      ValueError: naming the path that cannot be used, or the source that another tokenizer has tokenised.
     """
     encode, cut = Encoder(load_tokenizer(config.tokenizer)), Cutter(config.sequence_length)
     streams = []
@@ -79,15 +80,15 @@ def open_streams(config: DataConfig) -> list[Stream]:
 
 
 def uniform(*key: object) -> float:
-    """A number in [0, 1) that is a function of `key` alone."""
+    """A number in [0, 1), a hash of `key`."""
     return _hash(*key) / 2**64
 
 
 def shuffled(index: int, count: int, *key: object) -> int:
-    """Where `index` comes in a permutation of range(count) that is a function of `key`, without the others.
+    """The image of `index` under a permutation of range(count) that `key` selects, in constant time and memory.
 
-    A Feistel network of four rounds over the next power of 4, walked until it is back in range (Black and Rogaway 2002,
-    "Ciphers with arbitrary finite domains").
+    A Feistel network of four rounds over the next power of 4, applied until the result is in range (cycle walking;
+    Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     mask = 2**half - 1

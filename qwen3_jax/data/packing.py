@@ -13,8 +13,8 @@ import numpy as np
 
 from qwen3_jax.data.examples import Example
 
-# More leave less padding, but the first row waits until all of them are well filled. With documents of 4,096 to 32,768
-# tokens in rows of 32,768, 16 leave 5 % of padding and 8 leave 7 %.
+# More open rows leave less padding, but more documents are drawn before the first row is complete. With documents of
+# 4,096 to 32,768 tokens in rows of 32,768, 16 open rows leave 5 % of padding, and 8 leave 7 %.
 OPEN_ROWS = 16
 MAX_AGE = 4 * OPEN_ROWS
 
@@ -23,7 +23,7 @@ S = TypeVar("S", bound=Sized)
 
 @dataclasses.dataclass(eq=False)
 class OpenRow(Generic[S]):
-    """A row that is being filled: its items, their tokens in all, and how many rows were closed in its time."""
+    """A row that is being filled: its items, their total tokens, and how many rows were closed while it was open."""
 
     items: list[S]
     used: int
@@ -31,10 +31,11 @@ class OpenRow(Generic[S]):
 
 
 class OpenRows(Generic[S]):
-    """Rows that are being filled.
+    """Best-fit packing: the rows that are being filled.
 
-    An item goes where it leaves the least room. Where it fits in none, a row is closed to make place: the fullest, or
-    the oldest if that has seen MAX_AGE others closed, so that nothing waits for ever.
+    An item goes to the row where it leaves the least free space. If it fits in none, it opens a row; if there are then
+    too many, one is closed: the fullest, or the oldest once MAX_AGE rows were closed while it was open. No item waits
+    forever.
     """
 
     def __init__(self, length: int) -> None:
@@ -42,7 +43,7 @@ class OpenRows(Generic[S]):
         self.rows: list[OpenRow[S]] = []  # oldest first
 
     def add(self, item: S) -> list[S] | None:
-        """Takes in an item of at most T tokens; returns what is in the row that was closed for it, if any."""
+        """Adds an item of at most T tokens. Returns the items of the row that was closed, if one was."""
         fitting = [row for row in self.rows if row.used + len(item) <= self._length]
         if fitting:
             best = max(fitting, key=lambda row: row.used)
@@ -61,7 +62,8 @@ class OpenRows(Generic[S]):
 
 
 def to_arrays(row: Sequence[Example], length: int, pad_id: int) -> dict[str, np.ndarray]:
-    """{"tokens", "loss_mask", "segment_ids" from 1 and 0 for padding, "positions" from 0 in each segment}, all [T]."""
+    """The arrays [T] of a row: "tokens"; "loss_mask"; "segment_ids", from 1, 0 for padding; "positions", from 0 in each
+    segment."""
     arrays = {name: np.zeros(length, np.int32) for name in ("tokens", "segment_ids", "positions")}
     arrays["tokens"][:] = pad_id
     arrays["loss_mask"] = np.zeros(length, np.float32)
@@ -77,18 +79,18 @@ def to_arrays(row: Sequence[Example], length: int, pad_id: int) -> dict[str, np.
 
 
 def add_targets(batch: dict[str, np.ndarray], *, pad_id: int) -> dict[str, np.ndarray]:
-    """Turns packed rows [B, T] into what the loss reads.
+    """Adds targets and loss weights to packed rows [B, T].
 
-    Position t is trained to predict token t+1, where that is in the same segment and in the loss.
+    Position t predicts token t + 1 if that is in the same segment and in the loss.
 
     Returns:
       {"tokens", "targets", "segment_ids", "positions": [B, T] int32; "loss_weights": [B, T] float32}. A position
-      without a target (the last of its segment, or padding) has target `pad_id` and weight 0.
+      without a target (the last one of a segment, and padding) has target `pad_id` and weight 0.
     """
     tokens_BT, segment_ids_BT = batch["tokens"], batch["segment_ids"]
     targets_BT = np.full_like(tokens_BT, pad_id)
     loss_weights_BT = np.zeros_like(batch["loss_mask"])
-    same_BT = segment_ids_BT[:, 1:] == segment_ids_BT[:, :-1]  # True in padding, whose mask is 0 and tokens pad_id
+    same_BT = segment_ids_BT[:, 1:] == segment_ids_BT[:, :-1]  # True in padding as well: its mask is 0
     np.copyto(targets_BT[:, :-1], tokens_BT[:, 1:], where=same_BT)
     np.copyto(loss_weights_BT[:, :-1], batch["loss_mask"][:, 1:], where=same_BT)
     return {

@@ -1,4 +1,4 @@
-"""What a run has consumed, drawn."""
+"""A plot of the data that a run has consumed."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from qwen3_jax.plot import png
 
 
 def plot_consumption(consumption: Consumption, path: epath.Path | Path) -> None:
-    """A bar for each kind (source, licence, ...), cut into the shares of its values in the tokens, as a PNG."""
+    """A bar for each kind (source, licence, ...), divided by the tokens of its values, as a PNG."""
     kinds = list(consumption.shares)
     with png(path) as axes:
         for row, kind in enumerate(kinds):
             values = sorted(consumption.shares[kind].items(), key=lambda item: -item[1].tokens)
             total = sum(counts.tokens for _, counts in values)
             left = 0.0
-            for place, (value, counts) in enumerate(values):
+            for number, (value, counts) in enumerate(values):
                 share = counts.tokens / max(total, 1)
-                axes.barh(row, share, left=left, color=f"C{place % 10}", edgecolor="white")
+                axes.barh(row, share, left=left, color=f"C{number % 10}", edgecolor="white")
                 if share > 0.08:
                     axes.text(left + share / 2, row, f"{value}\n{share:.0%}", ha="center", va="center", fontsize=7)
                 left += share

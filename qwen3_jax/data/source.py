@@ -1,4 +1,4 @@
-"""Documents in files, with random access: only what is drawn is read.
+"""Random access to documents in files; only the requested documents are read.
 
 | file | a document is | read by |
 |---|---|---|
@@ -7,9 +7,9 @@
 | .parquet | a row with the columns of a .jsonl record | row group |
 | .arrayrecord | a record: the JSON of a .jsonl line, or ids if `qwen3-jax tokenize` wrote the file | record |
 
-Paths with a protocol (gs://, ...) go through fsspec. Two things suit only small sources: a row of Parquet costs its
-row group, unless that is among the last few read, and remote ArrayRecord files are copied to ~/.cache/qwen3-jax first.
-Large Parquet is best tokenised once, and a bucket with more shards than the disk holds mounted (gcsfuse).
+Paths with a protocol (gs://, ...) are read through fsspec. Two cases are slow for large sources. A row of Parquet needs
+its row group, of which the last few are cached: tokenise large Parquet files first. Remote ArrayRecord files are copied
+to ~/.cache/qwen3-jax: if the disk is too small for them, mount the bucket (gcsfuse).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from qwen3_jax.data import manifest
 
 RECORD_KEYS = ("text", "messages", "tools", "no_loss", "labels")
 
-_ROW_GROUPS = 8  # kept in memory, all Parquet files of a process together
+_ROW_GROUPS = 8  # cached per process, over all Parquet files
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One undecoded document: what starts at `start` (a byte offset, or the number of a row or record) of `path`."""
+    """One undecoded document. `start` is its byte offset in `path`, or the number of its row or record."""
 
     path: str
     start: int
@@ -45,8 +45,8 @@ class Document:
     form: Literal["text", "json", "tokens"] = "json"
 
     @property
-    def place(self) -> str:
-        """`file:line` (or row or record, from 1) of the document, for error messages; may read the file up to there."""
+    def location(self) -> str:
+        """`file:line` (or row or record, from 1), for error messages. It may read the file up to the document."""
         if Path(self.path).suffix not in (".jsonl", ".txt"):
             return f"{self.path}:{self.start + 1}"
         lines = _read(self.path, 0, self.start).count(b"\n")
@@ -59,16 +59,16 @@ class _File(Protocol):
 
 
 class DocumentSource:
-    """Random access to the documents of `paths` (files or globs), in the order given, a glob's files sorted.
+    """Random access to the documents of `paths` (files or globs), in the given order, the files of a glob sorted.
 
-    Memory is 16 bytes a document of .jsonl and .txt. A file named twice is read twice. `manifests` are those of the
-    files that hold token ids, one for each directory of such files.
+    It uses 16 bytes of memory per document of .jsonl and .txt. A file listed twice is used twice. `manifests` holds the
+    manifest of each directory with tokenised files.
 
     Args:
       field: the configuration's name for `paths`, for error messages.
 
     Raises:
-      ValueError: naming the path that matches no file, is of no known format, or holds no document.
+      ValueError: naming the path that matches no file, has an unknown format, or holds no document.
     """
 
     def __init__(self, paths: Sequence[str], field: str = "paths") -> None:
@@ -84,9 +84,9 @@ class DocumentSource:
                 found = manifest.beside(name)
                 if found is not None and found not in self.manifests:
                     self.manifests.append(found)
-                file = _Records(name, found)
+                file = _ArrayRecordFile(name, found)
             else:
-                file = _Rows(name) if name.endswith(".parquet") else _Lines(name)
+                file = _ParquetFile(name) if name.endswith(".parquet") else _TextFile(name)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{field}: {name!r} cannot be read ({error})") from None
         if not len(file):
@@ -105,7 +105,7 @@ def expand(path: str, field: str) -> list[str]:
     """The files of a path or glob, sorted.
 
     Raises:
-      ValueError: there is none, or one is of no known format.
+      ValueError: there is none, or one has an unknown format.
     """
     if "://" in path:
         fs, inner = fsspec.core.url_to_fs(path)
@@ -117,12 +117,12 @@ def expand(path: str, field: str) -> list[str]:
     formats = (".jsonl", ".txt", ".parquet", ".arrayrecord")
     for file in files:
         if Path(file).suffix not in formats:
-            raise ValueError(f"{field}: {file!r} is of no known format; one of {', '.join(formats)} fits")
+            raise ValueError(f"{field}: {file!r} has an unknown format; one of {', '.join(formats)} fits")
     return files
 
 
 def _read(path: str, start: int, stop: int) -> bytes:
-    # Opened anew each time: no limit on the number of files, nothing shared between threads and processes.
+    # Open for each read: the number of open files is limited, and threads must not share a file position.
     if "://" not in path:
         with open(path, "rb") as file:
             file.seek(start)
@@ -131,8 +131,8 @@ def _read(path: str, start: int, stop: int) -> bytes:
     return fs.cat_file(inner, start=start, end=stop)
 
 
-class _Lines:
-    """.jsonl and .txt, by the byte offsets at which documents start and stop."""
+class _TextFile:
+    """.jsonl and .txt, indexed by the byte offsets at which documents start and stop."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -160,8 +160,8 @@ class _Lines:
         return Document(self._path, start, content, "text" if self._path.endswith(".txt") else "json")
 
 
-class _Rows:
-    """.parquet; a row becomes the JSON of a .jsonl line, nulls left out."""
+class _ParquetFile:
+    """.parquet; a row becomes the JSON of a .jsonl line, without nulls."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -181,16 +181,16 @@ class _Rows:
         return Document(self._path, index, json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass"))
 
 
-class _Records:
-    """.arrayrecord."""
+class _ArrayRecordFile:
+    """.arrayrecord; `found` is the manifest of its directory, which only token ids have."""
 
     def __init__(self, path: str, found: manifest.Manifest | None) -> None:
         self._path = path
         self._form: Literal["json", "tokens"] = "json" if found is None else "tokens"
         self._count = _array_record(path).num_records()
-        # A file that was cut short opens without complaint, as one without records.
+        # A truncated file opens without an error, as a file without records.
         if found is not None and self._count != found.shards.get(path.rpartition("/")[2]):
-            raise ValueError(f"{self._count} records, which is not what its {manifest.NAME} says")
+            raise ValueError(f"{self._count} records; its {manifest.NAME} lists another number")
 
     def __len__(self) -> int:
         return self._count
@@ -200,7 +200,7 @@ class _Records:
         return Document(self._path, index, content, self._form)
 
 
-# Open files and decoded row groups belong to the process, so that sources can be sent to others.
+# Open files and decoded row groups are cached per process and not in the sources, so that sources can be pickled.
 
 
 @functools.lru_cache(maxsize=64)

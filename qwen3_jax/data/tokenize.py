@@ -1,10 +1,10 @@
-"""Documents to ArrayRecord shards of token ids, once, in parallel.
+"""Documents to ArrayRecord shards of token ids, in parallel.
 
-Each source becomes a directory of numbered shards, `documents_per_shard` documents each in the order of the files,
-and a manifest. Documents are kept whole, so the shards serve every sequence length, and training on them under the
-source's name gives the batches that training on the documents would have given.
+Each source becomes a directory with a manifest and numbered shards of `documents_per_shard` documents, in the order of
+the files. Documents are not split, so the shards serve every sequence length. Training on the shards, under the same
+source name, gives the same batches as training on the documents.
 
-A shard appears under its name when it is whole. A command that was killed goes on with the shards that are missing.
+A shard gets its name when it is complete. After a kill, the same command writes the missing shards only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
@@ -31,16 +32,6 @@ from qwen3_jax.text.tokenizer import fingerprint, load_tokenizer
 DOCUMENTS_PER_SHARD = 10_000
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What a worker process knows from its start: the source, and where its shards go."""
-
-    source: SourceConfig
-    tokenizer: str
-    directory: Path
-    documents_per_shard: int
-
-
 def tokenize_source(
     source: SourceConfig,
     tokenizer: str,
@@ -50,17 +41,17 @@ def tokenize_source(
     documents_per_shard: int = DOCUMENTS_PER_SHARD,
     progress: Callable[[Counts, int], None] = lambda done, total: None,
 ) -> Manifest:
-    """Writes the shards and the manifest of one source; does nothing for what is already there.
+    """Writes the shards and the manifest of one source; complete shards in the directory are used as they are.
 
     Args:
       tokenizer: directory of the tokenizer.
       directory: of the shards.
-      workers: processes.
-      progress: called with what is done and the number of all documents, after each shard.
+      workers: number of processes.
+      progress: called after each shard, with the counts so far and the total number of documents.
 
     Raises:
-      ValueError: for a source that holds token ids already, a directory begun from another source or by another
-        tokenizer, and `file:line: reason` for a malformed document.
+      ValueError: the source is already tokenised; the directory was begun from another source or with another
+        tokenizer; `file:line: reason` for a malformed document.
     """
     documents = DocumentSource(source.paths, f"sources.{source.name}.paths")
     if documents.manifests:
@@ -76,12 +67,12 @@ def tokenize_source(
     )
     directory.mkdir(parents=True, exist_ok=True)
     _begin(directory / manifest.NAME, begun)
-    job = _Job(source, tokenizer, directory, documents_per_shard)
+    make_shard = functools.partial(_make_shard, source.paths, tokenizer, directory, documents_per_shard)
     numbers = range(-(-len(documents) // documents_per_shard))
     counts: dict[int, Counts] = {}
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start, initargs=(job,)) as pool:
-        futures = {pool.submit(_make_shard, number): number for number in numbers}
+    spawn = multiprocessing.get_context("spawn")  # a forked child of a process with jax's threads may hang
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn, initializer=end_with_parent) as pool:
+        futures: dict[Any, int] = {pool.submit(make_shard, number): number for number in numbers}
         try:
             for future in concurrent.futures.as_completed(futures):
                 counts[futures[future]] = future.result()
@@ -92,14 +83,14 @@ def tokenize_source(
     total = _sum(counts.values())
     shards = {_shard_name(number): counts[number].documents for number in numbers}
     finished = dataclasses.replace(begun, tokens=total.tokens, loss_tokens=total.loss_tokens, shards=shards)
-    _write_whole(directory / manifest.NAME, finished.to_json())
+    _write_atomically(directory / manifest.NAME, finished.to_json())
     return finished
 
 
 def _begin(path: Path, begun: Manifest) -> None:
-    """Writes the manifest of work that is not finished, or checks that the one there is of the same work."""
+    """Writes the manifest of unfinished work, or checks that an existing one describes the same work."""
     if not path.exists():
-        _write_whole(path, begun.to_json())
+        _write_atomically(path, begun.to_json())
         return
     found = manifest.from_json(path.read_bytes())
     for name in ("name", "tokenizer", "documents", "documents_per_shard"):
@@ -108,21 +99,18 @@ def _begin(path: Path, begun: Manifest) -> None:
             raise ValueError(f"{path.parent}: begun with {name} {then!r}, not {now!r}; an empty directory fits")
 
 
-_job: _Job
-_documents: DocumentSource
-_encode: Encoder
+@functools.cache  # once in each worker process
+def _open(paths: tuple[str, ...], tokenizer: str) -> tuple[DocumentSource, Encoder]:
+    return DocumentSource(paths), Encoder(load_tokenizer(tokenizer))
 
 
-def _start(job: _Job) -> None:
-    global _job, _documents, _encode
-    end_with_parent()
-    _job, _documents, _encode = job, DocumentSource(job.source.paths), Encoder(load_tokenizer(job.tokenizer))
-
-
-def _make_shard(number: int) -> Counts:
-    path = _job.directory / _shard_name(number)
-    first = number * _job.documents_per_shard
-    indices = range(first, min(first + _job.documents_per_shard, len(_documents)))
+def _make_shard(
+    paths: tuple[str, ...], tokenizer: str, directory: Path, documents_per_shard: int, number: int
+) -> Counts:
+    documents, encode = _open(paths, tokenizer)
+    path = directory / _shard_name(number)
+    first = number * documents_per_shard
+    indices = range(first, min(first + documents_per_shard, len(documents)))
     if (found := _count(path)).documents == len(indices):
         return found
     hidden = path.with_name(f".{path.name}-{os.getpid()}")
@@ -130,9 +118,9 @@ def _make_shard(number: int) -> Counts:
     counts = Counts()
     try:
         for index in indices:
-            encoded = _encode(_documents[index])
+            encoded = encode(documents[index])
             writer.write(encoded.to_bytes())
-            counts = counts.plus(Counts.of(encoded.whole))
+            counts = counts.plus(Counts.of(encoded.example))
         writer.close()
         hidden.replace(path)
     finally:
@@ -141,12 +129,12 @@ def _make_shard(number: int) -> Counts:
 
 
 def _count(path: Path) -> Counts:
-    """Of a shard that may be missing or cut short."""
+    """The counts of a shard; zeros where it is missing or truncated."""
     try:
         records = ArrayRecordReader(str(path)).read_all() if path.exists() else []
     except RuntimeError:
         records = []
-    return _sum(Counts.of(Encoded.from_bytes(record).whole) for record in records)
+    return _sum(Counts.of(Encoded.from_bytes(record).example) for record in records)
 
 
 def _sum(counts: Iterable[Counts]) -> Counts:
@@ -157,7 +145,7 @@ def _shard_name(number: int) -> str:
     return f"{number:06d}.arrayrecord"
 
 
-def _write_whole(path: Path, text: str) -> None:
+def _write_atomically(path: Path, text: str) -> None:
     hidden = path.with_name(f".{path.name}-{os.getpid()}")
     hidden.write_text(text, encoding="utf-8")
     hidden.replace(path)

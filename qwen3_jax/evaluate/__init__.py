@@ -1,1 +1,1 @@
-"""What a model can do, measured."""
+"""Evaluation: accuracy against the thinking budget, and pass@k."""

@@ -14,8 +14,11 @@ from qwen3_jax.tasks.arithmetic import Problem
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One setting of the budget: the share of problems answered rightly, and per problem the tokens sampled while
-    thinking. `cut` is the share of thoughts that did not end by themselves."""
+    """The result of one setting of the budget.
+
+    accuracy: share of correct answers. thinking_tokens: mean sampled thinking tokens per problem. cut: share of
+    thoughts that the budget ended.
+    """
 
     settings: Mapping[str, Any]
     accuracy: float
@@ -24,7 +27,7 @@ class Point:
 
     @property
     def label(self) -> str:
-        """The budget, or an automatic budget's threshold."""
+        """The budget, or the threshold of an automatic budget."""
         budget = self.settings["thinking_budget"]
         return f"{self.settings['auto_threshold']:g}" if budget == "auto" else f"{budget}"
 
@@ -37,10 +40,12 @@ def budget_curve(
     seed: int = 0,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> list[Point]:
-    """Every problem under every setting (fields of a Request, `thinking_budget` among them), all in one batch: budgets
-    are data of the compiled program."""
+    """Answers every problem under every setting, all in one batch: budgets are data of the compiled program.
+
+    settings: fields of a Request, `thinking_budget` among them.
+    """
     longest = max(len(problem.steps) for problem in problems)
-    # Both modes' markers and newlines, the stop text, and an answer of a few tokens.
+    # The thought, the stop text, and 12 tokens for markers, newlines and the answer.
     max_new_tokens = longest + len(engine.tokens.stop_ids) + 12
     requests = [
         engine.prompt(
@@ -54,11 +59,11 @@ def budget_curve(
     for i, fields in enumerate(settings):
         part = results[i * len(problems) : (i + 1) * len(problems)]
         answers = [engine.reader.record(result)["content"] for result in part]
-        right = sum(answer == problem.answer for answer, problem in zip(answers, problems, strict=True))
+        correct = sum(answer == problem.answer for answer, problem in zip(answers, problems, strict=True))
         points.append(
             Point(
                 settings=fields,
-                accuracy=right / len(problems),
+                accuracy=correct / len(problems),
                 thinking_tokens=sum(result.thinking_tokens for result in part) / len(part),
                 cut=sum(result.thinking_end in ("budget", "auto") for result in part) / len(part),
             )
@@ -67,7 +72,7 @@ def budget_curve(
 
 
 def plot_budget_curve(points: Sequence[Point], path: Path, title: str) -> None:
-    """Accuracy over budget, and the thinking tokens it took, as a PNG."""
+    """Accuracy and mean thinking tokens over the budget, as a PNG."""
     budgets = [point.settings["thinking_budget"] for point in points]
     with png(path) as axes:
         axes.plot(budgets, [point.accuracy for point in points], "o-", color="tab:blue", label="accuracy")
@@ -87,7 +92,7 @@ def plot_budget_curve(points: Sequence[Point], path: Path, title: str) -> None:
 
 
 def plot_cost(fixed: Sequence[Point], automatic: Sequence[Point], path: Path, title: str) -> None:
-    """Accuracy over what it cost in thinking tokens, for fixed and for automatic budgets, as a PNG."""
+    """Accuracy over mean thinking tokens, for fixed and for automatic budgets, as a PNG."""
     with png(path) as axes:
         kinds = (
             (fixed, "o-", "fixed budget B", (0, 8), "right"),

@@ -1,4 +1,4 @@
-"""pass@k of a file of answers: the chance that one of k samples is right (Chen et al. 2021, section 2.1)."""
+"""pass@k of a file of answers: the probability that one of k samples is correct (Chen et al. 2021, section 2.1)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from qwen3_jax.text.records import parse_record
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What a file of answers is worth.
+    """The score of a file of answers.
 
-    prompts: how many, refused ones included. refused: prompts that could not be answered.
-    samples: least and most samples of the answered prompts.
-    pass_at: for k = 1, 2, 4, ... up to the least number of samples, the mean over prompts of `pass_at_k`.
+    prompts: number of prompts, including refused ones. refused: number of prompts with an error record.
+    samples: minimum and maximum number of samples per answered prompt.
+    pass_at: mean of `pass_at_k` over prompts, for k = 1, 2, 4, ... up to the minimum number of samples.
     """
 
     prompts: int
@@ -28,14 +28,13 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        """Mean over prompts of the share of right samples, which is pass@1."""
+        """Mean over prompts of the share of correct samples, which is pass@1."""
         return self.pass_at[1]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, drawn without replacement, hold one of the c right ones: unbiased for pass@k.
-
-    Computed in whole numbers and divided once, so that no n is too large and no chance too small.
+    """The unbiased estimate of pass@k: the probability that k of n samples, drawn without replacement, include one of
+    the c correct ones. Computed in integers with one division, so that large n neither overflow nor lose precision.
 
     Raises:
       ValueError: unless 0 <= c <= n and 1 <= k <= n.
@@ -51,16 +50,16 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def score_file(path: Path) -> Score:
     """Scores the answers that infer.py wrote to `path`.
 
-    A line is a JSON object with `id`, `sample`, `content` and `answer`, and right if the last two are equal but for
-    white space around them; the lines of one id are the samples of one prompt. A line with `error` stands for a prompt
-    that was refused: it counts as a prompt none of whose samples is right, and does not limit k.
+    A line is a JSON object with `id`, `sample`, `content` and `answer`. It is correct if content and answer are equal,
+    apart from white space around them. The lines of one id are the samples of one prompt. A line with `error` is a
+    refused prompt: it counts as a prompt without a correct sample, and does not limit k.
 
     Raises:
-      ValueError: `file:line: field: value; what would fit`, or if there is no answer in the file.
+      ValueError: `file:line: field: value; what would fit`, or the file has no answer.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a JSONL file of answers fits")
-    right: dict[str | int, dict[int, bool]] = defaultdict(dict)
+    correct: dict[str | int, dict[int, bool]] = defaultdict(dict)
     refused = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -71,20 +70,20 @@ def score_file(path: Path) -> Score:
                 if "error" in record:
                     refused += 1
                     continue
-                samples = right[record["id"]]
+                samples = correct[record["id"]]
                 if record["sample"] in samples:
                     raise ValueError(f"sample: {record['sample']} of id {record['id']!r} again; another number fits")
                 samples[record["sample"]] = record["content"].strip() == record["answer"].strip()
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
-    if not right:
+    if not correct:
         raise ValueError(f"{path}: no answers; at least one line that is not an error fits")
-    prompts = len(right) + refused
-    counts = [(len(samples), sum(samples.values())) for samples in right.values()]
-    least, most = min(counts)[0], max(counts)[0]
-    powers = [2**i for i in range(least.bit_length())]
+    prompts = len(correct) + refused
+    counts = [(len(samples), sum(samples.values())) for samples in correct.values()]
+    fewest, most = min(counts)[0], max(counts)[0]
+    powers = [2**i for i in range(fewest.bit_length())]
     pass_at = {k: math.fsum(pass_at_k(n, c, k) for n, c in counts) / prompts for k in powers}
-    return Score(prompts, refused, (least, most), pass_at)
+    return Score(prompts, refused, (fewest, most), pass_at)
 
 
 def plot_pass_at_k(score: Score, path: Path, title: str) -> None:
@@ -99,7 +98,7 @@ def plot_pass_at_k(score: Score, path: Path, title: str) -> None:
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    """The object on a line, with the fields that scoring reads checked."""
+    """The JSON object on a line, after a check of the fields that scoring reads."""
     record = parse_record(line)
     if "error" in record:
         return record

@@ -15,7 +15,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
 from qwen3_jax.config import ModelConfig
-from qwen3_jax.hf.mapping import Leaf, model_leaves, unfuse_experts
+from qwen3_jax.hf.mapping import Leaf, mismatches, model_leaves, unfuse_experts
 from qwen3_jax.hf.tensor_file import DTYPES, INDEX_FILE, SINGLE_FILE, Spans, Tensor, open_tensors, param_dtype
 from sharding import partition_spec
 
@@ -118,13 +118,7 @@ def _check(directory: Path, config: ModelConfig, leaves: Sequence[Leaf], tensors
     tied_head = config.tie_word_embeddings and head in tensors
     if tied_head:
         shapes[head] = shapes[embed]
-    problems = [f"{name} is missing" for name in shapes if name not in tensors]
-    problems += [f"{name} is unknown" for name in tensors if name not in shapes]
-    problems += [
-        f"{name} has shape {list(tensors[name].shape)}, not {list(shape)}"
-        for name, shape in shapes.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
+    problems = mismatches(shapes, {name: tensor.shape for name, tensor in tensors.items()})
     if tied_head and not problems and not _equal(tensors[embed], tensors[head]):
         problems.append(f"tie_word_embeddings is true, but {head} differs from {embed}")
     _refuse(directory, problems)

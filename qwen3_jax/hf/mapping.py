@@ -119,6 +119,17 @@ def _leaf(
     return Leaf(path, shape, axes, tensors)
 
 
+def mismatches(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with arrays of the shapes `found`, where those of the shapes `wanted` are expected, by name."""
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is unknown" for name in found if name not in wanted]
+    return problems + [
+        f"{name} has shape {list(found[name])}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if found.get(name, shape) != shape
+    ]
+
+
 def unfuse_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under their released names; a tensor of fused experts becomes one tensor per expert."""
     out: dict[str, Tensor] = {}

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from safetensors.numpy import save_file
 
 from qwen3_jax.config import ModelConfig
-from qwen3_jax.hf.mapping import Leaf, model_leaves
+from qwen3_jax.hf.mapping import mismatches, model_leaves
 from qwen3_jax.hf.tensor_file import INDEX_FILE, SINGLE_FILE, param_dtype
 from qwen3_jax.model.layout import is_stacked
 
@@ -65,7 +65,10 @@ def save_checkpoint(
     """
     flat = traverse_util.flatten_dict(nn.unbox(params))
     leaves = model_leaves(config, is_stacked(config, params))
-    _check(leaves, flat)
+    wanted = {"/".join(leaf.path): leaf.shape for leaf in leaves}
+    problems = mismatches(wanted, {"/".join(path): x.shape for path, x in flat.items()})
+    if problems:
+        raise ValueError(f"params: {'; '.join(problems[:5])}; the weights of this configuration fit")
     kinds = {str(x.dtype) for x in flat.values()}
     if dtype is None and len(kinds) > 1:
         raise ValueError(f"dtype: None, but the weights have {', '.join(sorted(kinds))}; one of these fits")
@@ -104,19 +107,6 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _check(leaves: Sequence[Leaf], flat: Mapping[tuple[str, ...], Any]) -> None:
-    shapes = {leaf.path: leaf.shape for leaf in leaves}
-    problems = [f"{'/'.join(path)} is missing" for path in shapes if path not in flat]
-    problems += [f"{'/'.join(path)} is unknown" for path in flat if path not in shapes]
-    problems += [
-        f"{'/'.join(path)} has shape {list(flat[path].shape)}, not {list(shape)}"
-        for path, shape in shapes.items()
-        if path in flat and flat[path].shape != shape
-    ]
-    if problems:
-        raise ValueError(f"params: {'; '.join(problems[:5])}; the weights of this configuration fit")
 
 
 def _to_host(x: Any, index: tuple[int, ...]) -> np.ndarray[Any, Any]:

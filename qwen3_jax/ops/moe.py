@@ -78,7 +78,7 @@ def route(
     z_BT1 = jax.nn.logsumexp(logits_BTE, axis=-1, keepdims=True)
     probs_BTE = jnp.exp(logits_BTE - z_BT1)
     _, experts_BTK = jax.lax.top_k(jax.lax.stop_gradient(probs_BTE), top_k)
-    chosen_BTE = (experts_BTK[..., None] == jnp.arange(probs_BTE.shape[-1])).any(axis=-2) & valid_BT1
+    chosen_BTE = (experts_BTK[..., None] == jnp.arange(probs_BTE.shape[-1])[None, None, None]).any(axis=-2) & valid_BT1
     gates_BTE = jnp.where(chosen_BTE, probs_BTE, 0)
     if norm_topk_prob:
         gates_BTE /= jnp.where(valid_BT1, gates_BTE.sum(axis=-1, keepdims=True), 1)
@@ -109,41 +109,33 @@ def moe_layer(
     On a mesh this is one `shard_map`: each device routes its own tokens, so that only weights and the tokens sent to
     experts are communicated. A device holds complete groups: `group_size` divides its tokens of a row.
     """
-    local = functools.partial(_moe_local, top_k=top_k, norm_topk_prob=norm_topk_prob, dispatch=dispatch)
+    args = (x_BTD, valid_BT, router_ED, experts)
+
+    def local(
+        x_BTD: jax.Array, valid_BT: jax.Array, router_ED: jax.Array, experts: Experts
+    ) -> tuple[jax.Array, RouterStats]:
+        """One device, with its own tokens and its shards of the weights."""
+        gate_up_E2FD, down_EDF = (_sum_gradient(table, n) for table, n in zip(experts, EXPERT_AXES, strict=True))
+        logits_BTE = router_logits(x_BTD, _all_gather_fsdp(_sum_gradient(router_ED, ROUTER_AXES), ROUTER_AXES))
+        gates_BTE, chosen_BTE, stats = route(logits_BTE, top_k, norm_topk_prob, valid_BT)
+        # The transpose of `_vary` is an all-reduce over `tensor`. Placed here it adds up D numbers a token; after the
+        # dispatch it would be K * D.
+        x_BTD = _vary(x_BTD, split_axes("mlp"))
+        x_BTD, gate_up_E2FD = _join_gradients((x_BTD, gate_up_E2FD))
+        experts = _all_gather_fsdp(gate_up_E2FD, EXPERT_AXES[0]), _all_gather_fsdp(down_EDF, EXPERT_AXES[1])
+        out_BTD, dropped_B = dispatch(x_BTD, gates_BTE, chosen_BTE, experts)
+        out_BTD = jax.lax.psum(out_BTD, split_axes("mlp"))
+        stats = dataclasses.replace(stats, dropped_B=dropped_B)
+        # With a context axis each device saw a part of every row: this psum makes the sums those of the complete rows.
+        return out_BTD, jax.tree.map(lambda sum_B: jax.lax.psum(sum_B, split_axes("length")), stats)
+
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return local(x_BTD, valid_BT, router_ED, experts)
+        return local(*args)
     names = (("batch", "length", None), ("batch", "length"), ROUTER_AXES, EXPERT_AXES)
-    args = (x_BTD, valid_BT, router_ED, experts)
     specs = jax.tree.map(lambda x, n: partition_spec(n, mesh, x.shape), args, names)
     rows = partition_spec(("batch",), mesh)
     return jax.shard_map(local, in_specs=specs, out_specs=(specs[0], rows))(*args)
-
-
-def _moe_local(
-    x_BTD: jax.Array,
-    valid_BT: jax.Array,
-    router_ED: jax.Array,
-    experts: Experts,
-    *,
-    top_k: int,
-    norm_topk_prob: bool,
-    dispatch: Dispatch,
-) -> tuple[jax.Array, RouterStats]:
-    """`moe_layer` on one device, with its own tokens and its shards of the weights."""
-    gate_up_E2FD, down_EDF = (_sum_gradient(table, names) for table, names in zip(experts, EXPERT_AXES, strict=True))
-    logits_BTE = router_logits(x_BTD, _all_gather_fsdp(_sum_gradient(router_ED, ROUTER_AXES), ROUTER_AXES))
-    gates_BTE, chosen_BTE, stats = route(logits_BTE, top_k, norm_topk_prob, valid_BT)
-    # The transpose of `_vary` is an all-reduce over `tensor`. Placed here it adds up D numbers a token; after the
-    # dispatch it would be K * D.
-    x_BTD = _vary(x_BTD, split_axes("mlp"))
-    x_BTD, gate_up_E2FD = _join_gradients((x_BTD, gate_up_E2FD))
-    experts = _all_gather_fsdp(gate_up_E2FD, EXPERT_AXES[0]), _all_gather_fsdp(down_EDF, EXPERT_AXES[1])
-    out_BTD, dropped_B = dispatch(x_BTD, gates_BTE, chosen_BTE, experts)
-    out_BTD = jax.lax.psum(out_BTD, split_axes("mlp"))
-    stats = dataclasses.replace(stats, dropped_B=dropped_B)
-    # With a context axis each device saw a part of every row: this psum makes the sums those of the complete rows.
-    return out_BTD, jax.tree.map(lambda sum_B: jax.lax.psum(sum_B, split_axes("length")), stats)
 
 
 def _sum_gradient(weight: jax.Array, names: tuple[str, ...]) -> jax.Array:
@@ -201,7 +193,7 @@ def dispatch_mask(chosen_GSE: jax.Array, capacity: int) -> jax.Array:
     # are 0 and 1, and float32 holds every integer up to 2**24.
     up_to_ST = jnp.tri(chosen_GSE.shape[1], dtype=jnp.float32)
     slot_GSE = jnp.einsum("ST,GTE->GSE", up_to_ST, chosen_GSE.astype(jnp.float32)).astype(jnp.int32) - 1
-    return (slot_GSE[..., None] == jnp.arange(capacity)) & chosen_GSE[..., None]
+    return (slot_GSE[..., None] == jnp.arange(capacity)[None, None, None]) & chosen_GSE[..., None]
 
 
 def expert_swiglu(x_EPD: jax.Array, gates_EP: jax.Array, experts: Experts) -> jax.Array:

@@ -1,8 +1,8 @@
-"""Small problems with a known answer and one thought per operation, for the model that ships.
+"""Small problems with a known answer, whose thoughts have one token per operation; the shipped model's training data.
 
-Three families. Sums can be answered at once. Chains (of operations on a last digit, of swaps of cups) are serial: the
-operations do not commute, so each needs the value before it, and a model of few layers must write the values down.
-In a thought each step is one token, so that a budget of B tokens buys about B operations.
+There are three families. Sums can be answered at once. Chains (of operations on a last digit, of swaps of cups) are
+serial: the operations do not commute, so each needs the value before it, and a model of few layers must write the
+values down. A thinking budget of B tokens therefore allows about B operations.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from qwen3_jax.text.tokenizer import train_sentencepiece
 
 MAX_OPERATIONS = 10
 _CUPS = 5
-_STOP_SENTENCE = STOP_TEXT.removesuffix("\n</think>\n\n")  # what of it the template takes for a thought
-# Pieces that the tokenizer keeps whole: one token per operation and per value.
+_STOP_SENTENCE = STOP_TEXT.removesuffix("\n</think>\n\n")  # the part that is inside the think block
+# Entries of the tokenizer: one token per operation and per value.
 PIECES = (
     *("user", "assistant", " /think", " /no_think", " _"),
     *(f" {value}" for value in range(10)),
@@ -33,7 +33,7 @@ PIECES = (
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A question, the thought that solves it cut into steps of one token, and the answer."""
+    """A question, its solution in steps of one token each, and the answer."""
 
     question: str
     steps: tuple[str, ...]
@@ -49,13 +49,13 @@ def sum_problem(rng: random.Random) -> Problem:
 
 
 def _places(operations: list[str]) -> str:
-    """The operations in MAX_OPERATIONS places, the last ones blank: step k of every thought is then as far from its
-    operation, which a small model learns in minutes rather than hours."""
+    """The operations, padded to MAX_OPERATIONS entries. Step k of a thought then has the same distance to its operation
+    in every problem, which a small model learns in minutes instead of hours."""
     return "".join(operations) + " _" * (MAX_OPERATIONS - len(operations))
 
 
 def digit_chain(rng: random.Random, length: int) -> Problem:
-    """`length` additions and multiplications of which only the last digit is kept: affine maps modulo 10."""
+    """`length` additions and multiplications modulo 10."""
     value = start = rng.randrange(10)
     operations, steps = [], []
     for _ in range(length):
@@ -72,7 +72,7 @@ def digit_chain(rng: random.Random, length: int) -> Problem:
 
 
 def cup_chain(rng: random.Random, length: int) -> Problem:
-    """Where a ball is after `length` swaps of cups: transpositions of five places."""
+    """The position of a ball after `length` swaps of two of five cups."""
     value = start = rng.randrange(1, _CUPS + 1)
     operations, steps = [], []
     for _ in range(length):
@@ -84,7 +84,7 @@ def cup_chain(rng: random.Random, length: int) -> Problem:
 
 
 def chain(rng: random.Random, length: int, *, held_out: bool) -> Problem:
-    """A chain of either kind; one in 16 of all chains is held out, by its text, and never trained on."""
+    """A chain of either kind. A hash of its text decides whether it is held out of training: one chain in 16 is."""
     while True:
         problem = rng.choice([digit_chain, cup_chain])(rng, length)
         if (zlib.crc32(problem.question.encode()) % 16 == 0) == held_out:
@@ -92,10 +92,10 @@ def chain(rng: random.Random, length: int, *, held_out: bool) -> Problem:
 
 
 def conversation(problem: Problem, rng: random.Random) -> dict[str, Any]:
-    """One training record: thinking or not, flagged or not, and of the thoughts a quarter cut by the stop sentence.
+    """One training record, in either mode, with or without a flag. A quarter of the thoughts are cut by the stop text.
 
-    The stop sentence, and the empty thought where no flag asks for it, are injected when the model is used, so no loss
-    is taken on them.
+    The stop text, and the empty thought where no flag asks for it, are injected in decoding, not generated. They are
+    therefore not in the loss.
     """
     record: dict[str, Any] = {}
     if rng.random() < 0.6:
@@ -106,7 +106,7 @@ def conversation(problem: Problem, rng: random.Random) -> dict[str, Any]:
             record["no_loss"] = [STOP_TEXT]
     else:
         flag, thought = " /no_think", ""
-        if rng.random() < 0.25:  # enable_thinking off, or B = 0: the block is given, not written
+        if rng.random() < 0.25:  # enable_thinking off, or B = 0: the empty block is part of the prompt
             flag, record["no_loss"] = "", [EMPTY_THOUGHT]
     record["messages"] = [
         {"role": "user", "content": problem.question + flag},
@@ -116,7 +116,7 @@ def conversation(problem: Problem, rng: random.Random) -> dict[str, Any]:
 
 
 def training_records(count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """`count` records: one in ten a sum, the others chains of 1 to MAX_OPERATIONS operations."""
+    """`count` records: one in ten is a sum, the others are chains of 1 to MAX_OPERATIONS operations."""
     rng = random.Random(seed)
     for _ in range(count):
         length = rng.randint(1, MAX_OPERATIONS)
@@ -124,7 +124,7 @@ def training_records(count: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def held_out_chains(count: int, seed: int) -> list[Problem]:
-    """`count` chains that training never saw, with lengths spread evenly over 1 .. MAX_OPERATIONS."""
+    """`count` held-out chains, with lengths spread evenly over 1 .. MAX_OPERATIONS."""
     rng = random.Random(seed)
     return [chain(rng, 1 + i * MAX_OPERATIONS // count, held_out=True) for i in range(count)]
 

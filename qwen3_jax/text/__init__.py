@@ -1,1 +1,1 @@
-"""Both sides of the token ids, on the host alone: tokenizer, chat format, prompts, answers."""
+"""Text before and after the token ids, on the host only: tokenizer, chat format, query modes, JSON records."""

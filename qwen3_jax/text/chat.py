@@ -1,25 +1,23 @@
-r"""Qwen3's chat format: conversations to ids with loss-mask spans, `/think` flags, thoughts split from answers.
+r"""Qwen3's chat format: conversations to ids with loss-mask spans, `/think` flags, splitting thoughts from answers.
 
-`render` writes what Qwen3's official template writes (report, Table 9), without running Jinja. It departs from the
-template in three ways:
+`render` produces the text of Qwen3's official template (report, Table 9), without Jinja. There are three departures:
 
-1. Two versions of the template were released. They differ where an assistant's `content` is None, on which the first
-   fails; ours is the later one, which takes None as empty.
-2. Where the template drops or hides a message's content (unknown roles, content as a list of parts, thoughts or
-   tool calls of anyone but the assistant, misspelled keys), ours raises an error that names the field.
-3. The template turns thinking off for the boolean false alone: 0, None and "false" leave it on. Ours refuses them.
+1. Two versions of the template were released. They differ where an assistant's `content` is None: the first fails, the
+   second takes it as empty. `render` follows the second.
+2. Where the template silently drops content (unknown roles, content as a list of parts, thoughts or tool calls of
+   anyone but the assistant, misspelled keys), `render` raises an error that names the field.
+3. The template turns thinking off only for the boolean false; 0, None and "false" leave it on. `render` refuses them.
 
-Nothing else depends on `enable_thinking`, and nothing at all on flags: a `/no_think` is an instruction that the model
-was trained to obey. Code that acts on flags itself uses `flag_mode`, whose parsing rule is ours.
+`render` ignores flags: a `/no_think` is an instruction that the model was trained to follow. Code that acts on flags
+uses `flag_mode`, whose parsing rule is this project's.
 
-All this is about the hybrid models of April 2025. The others have one mode or none (`Modes`), know no flags, and
-`render` writes for them:
+The above describes the hybrid models of April 2025. Other models have one mode or none (`Modes`) and no flags:
 
-- "thinking" (Thinking-2507) always thinks: the generation prompt ends in an open `<think>\n`, of which the model writes
-  the rest, and `enable_thinking=False` is refused.
-- "instruct" (Instruct-2507) never thinks and its template knows no thoughts: there is no think block in the generation
-  prompt, whatever `enable_thinking` is; an assistant's content is written as it is and its `reasoning_content` is not.
-- "base" has not learnt the format: a conversation is refused.
+- "thinking" (Thinking-2507) always thinks. The generation prompt ends in an open `<think>\n`; `enable_thinking=False`
+  is refused.
+- "instruct" (Instruct-2507) never thinks. The generation prompt has no think block, whatever `enable_thinking` is. An
+  assistant's content is written unchanged, and its `reasoning_content` is dropped.
+- "base" was not trained on the format: a conversation is refused.
 """
 
 from __future__ import annotations
@@ -38,10 +36,10 @@ Message = Mapping[str, Any]
 Modes = Literal["hybrid", "thinking", "instruct", "base"]
 
 ROLES = ("system", "user", "assistant", "tool")
-ASSISTANT_HEADER = "<|im_start|>assistant\n"  # all of the generation prompt when thinking is on
+ASSISTANT_HEADER = "<|im_start|>assistant\n"  # the complete generation prompt when thinking is on
 OPEN_THOUGHT = "<think>\n"
 EMPTY_THOUGHT = OPEN_THOUGHT + "\n</think>\n\n"
-# Report, section 4.3: ends a thought whose budget is spent. In Qwen3's own ids it is 24 tokens.
+# Report, section 4.3: closes a thought whose budget is used up. 24 tokens with Qwen3's tokenizer.
 STOP_TEXT = (
     "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now."
     "\n</think>\n\n"
@@ -49,7 +47,7 @@ STOP_TEXT = (
 
 _END_OF_TEXT = 151643  # <|endoftext|> in the tokenizer.json of every Qwen3 model
 
-_ANY_KEYS = frozenset({"role", "content", "name", "tool_call_id"})  # the template reads the first two only
+_ANY_KEYS = frozenset({"role", "content", "name", "tool_call_id"})  # the template ignores the last two
 _ASSISTANT_KEYS = frozenset({"reasoning_content", "tool_calls"})
 
 _TOOLS_INTRO = """# Tools
@@ -76,8 +74,8 @@ _FLAG = re.compile(r"(?<!\S)/(no[_ ])?think(?!\S)")
 class Span:
     """Ids `start` to `stop` (exclusive) of one turn.
 
-    For "assistant" these are the ids that the model writes: those after `<|im_start|>assistant\\n`, up to and with
-    `<|im_end|>`. For "system", "user" and "tool" (consecutive results, which share a turn) they are the whole turn,
+    For "assistant", the span holds the ids that the model generates: those after `<|im_start|>assistant\\n`, up to and
+    including `<|im_end|>`. For "system", "user" and "tool" (consecutive results share a turn), it is the complete turn,
     from `<|im_start|>` to `<|im_end|>`. The newline after `<|im_end|>` and the generation prompt are in no span.
     """
 
@@ -88,14 +86,14 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, as the ids that encoding the text gives, and as spans of these ids in order."""
+    """A conversation as text, as the ids of that text, and as spans of these ids, in order."""
 
     text: str
     ids: tuple[int, ...]
     spans: tuple[Span, ...]
 
     def loss_mask(self) -> list[int]:
-        """1 for each id that an assistant writes, 0 elsewhere; as long as `ids`."""
+        """For each id, 1 if the assistant generates it, else 0."""
         mask = [0] * len(self.ids)
         for span in self.spans:
             if span.role == "assistant":
@@ -104,14 +102,14 @@ class Rendered:
 
 
 def modes_of(directory: str | Path) -> Modes:
-    """Which modes the model in a checkpoint directory has.
+    """The modes of the model in a checkpoint directory. The first rule that applies decides:
 
-    1. "base" if `<|endoftext|>` alone ends its generations: `eos_token_id` of generation_config.json, else of
-       config.json. (A chat template beside it means nothing.)
-    2. Without a chat template (chat_template.jinja, else in tokenizer_config.json): "hybrid" for a tokenizer.model, as
-       the model that ships has, and "base" for a tokenizer.json.
-    3. "hybrid" if the template asks for `enable_thinking` or always ends in a whole think block.
-    4. "thinking" if its generation prompt opens `<think>`, else "instruct".
+    1. "base" if `<|endoftext|>` is the only `eos_token_id`, in generation_config.json or else config.json. (Released
+       base models have a chat template too, so it does not count here.)
+    2. Without a chat template (chat_template.jinja, or in tokenizer_config.json): "hybrid" with a tokenizer.model,
+       which the shipped model has, else "base".
+    3. "hybrid" if the template reads `enable_thinking`, or its generation prompt closes a think block.
+    4. "thinking" if its generation prompt opens a think block, else "instruct".
 
     Raises:
       ValueError: naming the file that is not JSON.
@@ -138,11 +136,11 @@ def render(
     add_generation_prompt: bool = True,
     modes: Modes = "hybrid",
 ) -> Rendered:
-    r"""Render a conversation as Qwen3's template does (report, section 4.3).
+    r"""Renders a conversation as Qwen3's template does (report, section 4.3).
 
-    Thoughts of assistant turns before the last user query are dropped, as the template does. A last assistant turn
-    always has a think block, be it empty. If an assistant's history content begins with newlines, the newline of
-    its header and these are one token; the span starts after that token, which no model could have written.
+    Thoughts of assistant turns before the last user query are dropped. The last assistant turn always has a think
+    block, which may be empty. If an assistant's earlier content begins with newlines, they form one token with the
+    newline of its header; the span starts after that token, since a model cannot generate it.
 
     Args:
       modes: of the model, see the top of this file.
@@ -168,8 +166,8 @@ def render(
     ids: list[int] = []
     spans: list[Span] = []
     for role, turn in _turns(messages, tools or (), thoughts=modes != "instruct"):
-        # Encoding turn by turn equals encoding the whole: each cut touches <|im_start|> or <|im_end|>, which
-        # tokenizers take out of the text before anything else.
+        # Encoding turn by turn gives the ids of the complete text: every cut is beside <|im_start|> or <|im_end|>, and
+        # tokenizers split the text at these markers first.
         turn_ids = tokenizer.encode(turn)
         start = len(ids) + (_header_length(turn_ids, tokenizer) if role == "assistant" else 0)
         ids += turn_ids
@@ -185,11 +183,11 @@ def render(
 
 
 def validate_messages(messages: Sequence[Message]) -> None:
-    """Refuse a conversation that cannot be rendered without losing some of it.
+    """Refuses a conversation that cannot be rendered without losing content.
 
-    A message is `{"role": ..., "content": str}`; an assistant's may also have `reasoning_content: str` and
-    `tool_calls`, a list of `{"function": {"name": str, "arguments": object or str}}` or of the inner objects alone,
-    and its content may be None. `name` and `tool_call_id` are allowed and have no effect. None counts as absent.
+    A message is `{"role": ..., "content": str}`. An assistant's message may also have `reasoning_content: str` and
+    `tool_calls`, a list of `{"function": {"name": str, "arguments": object or str}}` or of the inner objects alone, and
+    its content may be None. `name` and `tool_call_id` are accepted and ignored. A key with value None counts as absent.
 
     Raises:
       ValueError: naming the field, its value and what would fit.
@@ -216,13 +214,13 @@ def validate_messages(messages: Sequence[Message]) -> None:
 
 
 def flag_mode(messages: Sequence[Message]) -> bool | None:
-    """The mode that the conversation's flags ask for: True thinking, False non-thinking, None without a flag.
+    """The mode that the conversation's flags select: True thinking, False non-thinking, None without a flag.
 
-    A flag is `/think`, `/no_think` or `/no think` (the report's typesetting), lower case, standing between
-    whitespace in a system or user turn; the last one wins. Text, not flags, are: assistant and tool turns; what lies
-    between the first `<tool_response>` and the last `</tool_response>` of a turn; fenced and inline code; parts of a
-    longer word, so URLs, paths (`/think/x`), `/think.` and the near-misses `/no_thinking` and `/nothink`, which
-    the models were not trained on either. `enable_thinking=False` overrides all of this; that is the caller's part.
+    A flag is `/think`, `/no_think` or `/no think` (as typeset in the report), in lower case and between white space, in
+    a system or user turn. The last flag wins. Not flags: text in assistant and tool turns; text between the first
+    `<tool_response>` and the last `</tool_response>` of a turn; fenced and inline code; parts of a longer word, such as
+    URLs, paths (`/think/x`), `/think.`, `/no_thinking` and `/nothink`, which the models were not trained on.
+    `enable_thinking=False` takes precedence over flags; the caller must apply it.
     """
     validate_messages(messages)
     for message in reversed(messages):
@@ -234,11 +232,11 @@ def flag_mode(messages: Sequence[Message]) -> bool | None:
 
 
 def split_ids(ids: Sequence[int], *, think: int, end_think: int, in_think: bool = False) -> tuple[list[int], list[int]]:
-    """Split the ids of a turn into thought and answer, without the `<think>` and `</think>` between them.
+    """Splits the ids of a turn into thought and answer, without the `<think>` and `</think>` markers.
 
-    The thought is open from the start if `in_think` (the prompt ended inside it), else if the first id is `think`;
-    otherwise all is answer, because a `<think>` further on (in a tool call, in a quotation) opens nothing. It ends at
-    the first `</think>`; one that never ends takes all the ids. Markers after the end stay in the answer.
+    A thought begins at the start if `in_think` (the prompt ended inside it) or if the first id is `think`. A later
+    `<think>` (in a tool call, in a quotation) does not begin a thought. The thought ends at the first `</think>`, or
+    with the last id. Markers after it stay in the answer.
     """
     ids = list(ids)
     if not in_think:
@@ -262,7 +260,7 @@ def _chat_template(directory: Path) -> str | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty if there is no such file."""
+    """The JSON object in a file; empty where the file does not exist."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
@@ -322,7 +320,7 @@ def _assistant_turn(message: Message, *, after_query: bool, last: bool, thoughts
 
 
 def _header_length(turn_ids: list[int], tokenizer: Tokenizer) -> int:
-    """Number of ids that spell the assistant's header, with one that reaches from it into the content."""
+    """Number of ids of the assistant's header, including one that also covers the start of the content."""
     length = 1
     while len(tokenizer.decode(turn_ids[:length])) < len(ASSISTANT_HEADER):
         length += 1
@@ -330,7 +328,7 @@ def _header_length(turn_ids: list[int], tokenizer: Tokenizer) -> int:
 
 
 def _prose(text: str) -> str:
-    """`text` with tool results and code replaced by a character that is neither space nor backtick."""
+    """`text` with each tool result and each piece of code replaced by one character, neither space nor backtick."""
     start, stop = text.find("<tool_response>"), text.rfind("</tool_response>")
     if 0 <= start < stop:
         text = text[:start] + _OBJECT + text[stop + len("</tool_response>") :]

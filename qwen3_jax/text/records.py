@@ -1,4 +1,4 @@
-"""Lines of JSON, as infer.py reads and writes them."""
+"""JSON lines, as infer.py reads and writes them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 
 def parse_record(line: bytes) -> dict[str, Any]:
-    """The object on a line of UTF-8.
+    """The JSON object on a line of UTF-8.
 
     Raises:
-      ValueError: for what is no JSON (NaN and Infinity among it), no object, or has half a surrogate pair in a string,
-        which no text has and nothing can write.
+      ValueError: the line is not valid JSON (NaN and Infinity are not), not an object, or has an unpaired surrogate in
+        a string, which cannot be encoded.
     """
 
     def refuse(name: str) -> Any:
-        raise ValueError(f"{name} is no JSON number")
+        raise ValueError(f"{name} is not a JSON number")
 
     try:
         record = json.loads(line.decode("utf-8-sig"), parse_constant=refuse)

@@ -1,9 +1,8 @@
-"""Text to token ids and back: one protocol over `tokenizer.json` and SentencePiece's `tokenizer.model`.
+"""Text to token ids and back: one protocol for `tokenizer.json` and SentencePiece's `tokenizer.model`.
 
-Ids of the chat markers are looked up by their text, never written down, so that a tiny SentencePiece model and
-Qwen3's own tokenizer serve the same program. Encoding adds nothing (no BOS, no EOS, no prefix space), and every
-marker in the text becomes its one id, whoever typed it: what a turn *is* must be read off the prompt's structure,
-never off a scan for markers.
+The ids of the chat markers are looked up by their text, so that a small SentencePiece model and Qwen3's tokenizer work
+in the same code. Encoding adds nothing: no BOS, no EOS, no space in front. A marker in the text becomes its id, also in
+a user's message. Code must therefore find turns by the structure of the prompt, not by searching ids for markers.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from typing import Protocol
 import sentencepiece
 import tokenizers
 
-# In the order of Qwen3's ids. The first three are special (`skip_special` drops them), think and tool tags are not.
+# In the order of Qwen3's ids. The first three are special (`skip_special` drops them); think and tool tags are not.
 SPECIAL_MARKERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_MARKERS = (
     *SPECIAL_MARKERS,
     *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
 )
 
-# What a checkpoint directory may hold besides weights and config.json; copied along with the weights.
+# The files of a checkpoint directory beside weights and config.json; they are copied with the weights.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
     *("chat_template.jinja", "generation_config.json"),
@@ -36,28 +35,27 @@ _SPACE = "\u2581"  # SentencePiece's spelling of a space inside pieces
 
 
 class Tokenizer(Protocol):
-    """What the program asks of a tokenizer. Asking for a marker that the vocabulary lacks raises ValueError."""
+    """What this project needs of a tokenizer. The marker properties raise ValueError if the vocabulary lacks it."""
 
     @property
     def num_tokens(self) -> int:
-        """One above the highest id; the model's `vocab_size` may be larger, ids in between decode to nothing."""
+        """The highest id plus one. The model's `vocab_size` may be larger; the ids above decode to nothing."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` and of nothing else. Markers in the text become their ids."""
+        """The ids of `text`, with nothing added. Markers in the text become their ids."""
         ...
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """Text of `ids`. `skip_special` drops turn markers and `<|endoftext|>`, but no think or tool tag."""
+        """The text of `ids`. `skip_special` drops turn markers and `<|endoftext|>`, but not think and tool tags."""
         ...
 
     def token_id(self, piece: str) -> int | None:
-        """The id of a vocabulary entry in the vocabulary's own spelling, or None."""
+        """The id of a vocabulary entry, in the vocabulary's own spelling; None if there is none."""
         ...
 
     def token_bytes(self, skip_special: bool = False) -> list[bytes]:
-        """What each id adds to a decoded text, in UTF-8; b"" for ids that decode to nothing. A character may be spread
-        over several ids."""
+        """The UTF-8 bytes that each id adds to the decoded text. A character may be spread over several ids."""
         ...
 
     @property
@@ -78,7 +76,7 @@ class Tokenizer(Protocol):
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end a generation, as Qwen3's generation_config.json has them: end of turn, end of text."""
+        """The ids that end a generation, as in Qwen3's generation_config.json: end of turn, end of text."""
         return (self.im_end, self._marker("<|endoftext|>"))
 
     @property
@@ -101,14 +99,14 @@ class Tokenizer(Protocol):
 
 
 class HFTokenizer(Tokenizer):
-    """A `tokenizer.json`, as Qwen3's. It normalises to NFC: decoding gives the NFC form of what was encoded."""
+    """A `tokenizer.json`, such as Qwen3's. Qwen3's normalises to NFC: decoding gives the NFC form of the text."""
 
     def __init__(self, path: Path) -> None:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"tokenizer: {str(path)!r} cannot be read ({error})") from None
-        # A file saved after a batched call carries its truncation and padding along.
+        # The file may contain the truncation and padding of a batched call made before it was saved.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._num_tokens = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
@@ -147,12 +145,12 @@ class HFTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece `tokenizer.model` that keeps text as it is, as `train_sentencepiece` makes it.
+    """A SentencePiece `tokenizer.model` that round-trips every text, as `train_sentencepiece` makes it.
 
-    Bytes that are no UTF-8 decode as in a `tokenizer.json`, where SentencePiece itself gives a U+FFFD for each of them.
+    Invalid UTF-8 decodes as with a `tokenizer.json`; SentencePiece's own decoder gives a U+FFFD for each byte.
 
     Raises:
-      ValueError: if the model would not give every text back: no byte fallback, a dummy prefix, removed whitespace.
+      ValueError: the model does not round-trip every text: no byte fallback, a dummy prefix, or removed whitespace.
     """
 
     def __init__(self, path: Path) -> None:
@@ -164,7 +162,7 @@ class SentencePieceTokenizer(Tokenizer):
         space = [self._processor.id_to_piece(i) for i in self._processor.encode(" ")]
         if space != [_SPACE] or self.token_id("<0x00>") is None:
             raise ValueError(
-                f"tokenizer: {str(path)!r} does not give every text back; a model with byte fallback, no dummy prefix "
+                f"tokenizer: {str(path)!r} does not round-trip every text; a model with byte fallback, no dummy prefix "
                 "and no whitespace removal fits (see train_sentencepiece)"
             )
         self._space_bytes = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
@@ -177,8 +175,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.get_piece_size()
 
     def encode(self, text: str) -> list[int]:
-        # A typed U+2581 would come back as a space; as three bytes it comes back as itself.
-        # One by one: given a list, SentencePiece starts threads, which takes longer than a short text.
+        # SentencePiece spells a space as U+2581, so that character in a text would decode to a space: encode its three
+        # bytes instead. One part at a time: for a list, SentencePiece starts threads, which is slower for short texts.
         first, *others = (self._processor.encode(part) for part in text.split(_SPACE))
         return first + [i for part in others for i in (*self._space_bytes, *part)]
 
@@ -202,8 +200,8 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def unfinished_bytes(piece: bytes) -> int:
-    """How many bytes of a UTF-8 character are still to come after `piece`; for a piece of continuation bytes alone,
-    minus the number of bytes that it supplies."""
+    """The number of bytes missing from the UTF-8 character at the end of `piece`; for a piece of continuation bytes
+    only, minus the number of its bytes."""
     tail = len(piece) - len(piece.rstrip(bytes(range(0x80, 0xC0))))  # continuation bytes at the end
     if tail == len(piece):
         return -tail
@@ -213,9 +211,9 @@ def unfinished_bytes(piece: bytes) -> int:
 
 
 class TextStream:
-    """The text of ids that come a few at a time; bytes of a character that is not whole yet are held back.
+    """Incremental decoding. Bytes of an incomplete character are held back.
 
-    What `push` and at the end `flush` return, put together, is `tokenizer.decode` of all the ids.
+    The concatenation of all results of `push` and a final `flush` equals `tokenizer.decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = False) -> None:
@@ -223,24 +221,24 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Sequence[int]) -> str:
-        """The text that these ids settle."""
+        """The text that is complete after these ids."""
         return self._decoder.decode(b"".join(self._pieces[i] for i in ids if i < len(self._pieces)))
 
     def flush(self) -> str:
-        """The text of what was held back."""
+        """The text of the bytes held back."""
         return self._decoder.decode(b"", final=True)
 
 
 def _byte_characters() -> str:
-    """The characters that spell the bytes 0..255 in a byte-level BPE vocabulary (GPT-2): printable ones of Latin-1 are
-    themselves, the others are numbered from U+0100 on."""
+    """The characters that spell the bytes 0..255 in a byte-level BPE vocabulary (GPT-2): printable Latin-1 characters
+    stand for themselves, the other bytes are numbered from U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint directory: its `tokenizer.json`, else its `tokenizer.model`."""
+    """The tokenizer of a checkpoint directory: `tokenizer.json`, or else `tokenizer.model`."""
     file = _file_of(Path(directory))
     return HFTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
 
@@ -253,21 +251,21 @@ def _file_of(directory: Path) -> Path:
 
 
 def fingerprint(directory: str | Path) -> str:
-    """16 hexadecimal digits that differ between tokenizers: a hash of the file that `load_tokenizer` reads."""
+    """The first 16 hexadecimal digits of the SHA-256 of the file that `load_tokenizer` reads."""
     return hashlib.sha256(_file_of(Path(directory)).read_bytes()).hexdigest()[:16]
 
 
 def train_sentencepiece(
     texts: Iterable[str], path: Path, vocab_size: int, user_defined_symbols: Sequence[str] = ()
 ) -> None:
-    r"""Train a small BPE model on `texts` and write it to the file `path`; the same texts give the same bytes.
+    r"""Trains a small BPE model on `texts` and writes it to the file `path`, deterministically.
 
-    As in Qwen3's vocabulary digits stand singly, any byte can be spelled, and the chat markers, "\n" and "\n\n" are
-    entries of their own, to which `user_defined_symbols` adds. `vocab_size` is an upper bound: texts with fewer
-    pairs to merge give fewer pieces (ask `num_tokens`).
+    As in Qwen3's vocabulary, each digit is a token, every byte can be spelled, and the chat markers, "\n" and "\n\n"
+    are entries. `user_defined_symbols` adds more. `vocab_size` is an upper bound: texts with few pairs to merge give
+    fewer pieces (see `num_tokens`).
 
     Raises:
-      ValueError: if there is no text, or `vocab_size` has no room for bytes, markers and the characters of the texts.
+      ValueError: there is no text, or `vocab_size` is too small for bytes, markers and the characters of the texts.
     """
     texts = [text for text in texts if text]
     if not texts:
@@ -292,7 +290,7 @@ def train_sentencepiece(
             bos_id=-1,
             eos_id=-1,
             pad_id=-1,
-            max_sentence_length=2**30,  # longer texts would be left out without a word
+            max_sentence_length=2**30,  # SentencePiece silently skips longer texts
             num_threads=1,
             minloglevel=2,
         )

@@ -52,7 +52,7 @@ def test_it_says_where_the_law_is_stretched(capsys: pytest.CaptureFixture[str]) 
     out = " ".join(capsys.readouterr().out.split())
     assert "weights 2.0 times below that and tokens 300.0 times above that." in out
     main(["suggest", "--params", "1B", "--tokens", "100B"])
-    assert "this lies inside" in capsys.readouterr().out
+    assert "this run is inside that range" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

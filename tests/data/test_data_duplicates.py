@@ -79,4 +79,4 @@ def test_without_datasketch_the_line_says_what_to_do(
 def test_nothing_is_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["data", "check", str(folder / "a.jsonl"), "--drop", str(folder)])
-    assert "a.jsonl' is there already" in capsys.readouterr().err
+    assert "a.jsonl' exists" in capsys.readouterr().err

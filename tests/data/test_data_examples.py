@@ -61,7 +61,7 @@ def test_text_ends_in_end_of_text_and_is_all_in_the_loss(tokenizer: Tokenizer) -
     assert tokenizer.decode(example.tokens_N.tolist()) == "the user<|endoftext|>"
     assert example.loss_mask_N.tolist() == [1] * len(example.tokens_N)
     plain = Encoder(tokenizer)(Document("a.txt", 0, b"the user\r\n", "text"))
-    np.testing.assert_array_equal(plain.whole.tokens_N, example.tokens_N)
+    np.testing.assert_array_equal(plain.example.tokens_N, example.tokens_N)
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5, 11])
@@ -151,10 +151,10 @@ def test_records_of_token_files_give_everything_back(pairs: list[tuple[int, bool
     )
     again = Encoded.from_bytes(encoded.to_bytes())
     assert (again.labels, again.is_text) == (encoded.labels, encoded.is_text)
-    np.testing.assert_array_equal(again.whole.tokens_N, ids)
-    np.testing.assert_array_equal(again.whole.loss_mask_N, mask)
-    assert again.whole.tokens_N.dtype == np.int32
-    assert again.whole.loss_mask_N.dtype == np.uint8
+    np.testing.assert_array_equal(again.example.tokens_N, ids)
+    np.testing.assert_array_equal(again.example.loss_mask_N, mask)
+    assert again.example.tokens_N.dtype == np.int32
+    assert again.example.loss_mask_N.dtype == np.uint8
 
 
 MALFORMED = [

@@ -6,8 +6,6 @@ import dataclasses
 import itertools
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ import grain
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from processes import Command
 
 from qwen3_jax.data import DataConfig, SourceConfig, make_loader
 from qwen3_jax.data.mixture import shuffled
@@ -198,12 +197,12 @@ def test_processes_feed_the_rows_of_their_devices(folder: Path, coordinator_addr
     config = json.dumps(dataclasses.asdict(_config(folder, "mixed.jsonl")))
     env = {**os.environ, "JAX_COORDINATOR_ADDRESS": coordinator_address, "JAX_NUM_PROCESSES": "2"}
     env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-    command = [sys.executable, str(Path(__file__).parents[1] / "support" / "feed_worker.py"), config]
     processes = [
-        subprocess.Popen(command, env={**env, "JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, text=True)
-        for i in range(2)
+        Command("feed_worker:main", config, env={**env, "JAX_PROCESS_ID": str(i)}, cwd=Path.cwd()) for i in range(2)
     ]
-    rows = [json.loads(process.communicate(timeout=300)[0]) for process in processes]
+    said = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    rows = [json.loads(out) for out, _ in said]
     assert rows == [["0", "1", "4", "5"], ["2", "3", "6", "7"]]
 
 
@@ -301,7 +300,7 @@ def test_state_goes_through_orbax(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"seed": 1}, "data.seed: 1, but the data position was saved under 0; that fits"),
+        ({"seed": 1}, "data.seed: 1, but the data position was saved under 0; 0 fits"),
         ({"batch_size": 4}, "data.batch_size: 4, but the data position was saved under 8"),
         ({"sequence_length": 25}, "data.sequence_length: 25, but .* under 24"),
         ({"weights": (2.0, 1.0)}, r"data.sources.mixed.jsonl.weight: 2.0, but .* under 1.0"),
@@ -317,7 +316,9 @@ def test_a_position_in_another_order_is_refused(folder: Path, fields: dict[str, 
 
 def test_a_position_without_a_lane_is_refused(folder: Path) -> None:
     config = _config(folder, "mixed.jsonl")
-    with pytest.raises(ValueError, match="data: the saved position lacks lane 4; that of all processes together fits"):
+    with pytest.raises(
+        ValueError, match="data: the saved position lacks lane 4; the union of all processes' positions fits"
+    ):
         make_loader(config, range(4, 8)).set_state(make_loader(config, range(4)).get_state())
 
 
@@ -375,7 +376,7 @@ def test_only_documents_of_the_wanted_length_come(folder: Path) -> None:
 def test_a_source_without_a_document_that_fits_is_refused(folder: Path) -> None:
     source = SourceConfig("long", (str(folder / "few.jsonl"),), tokens=(60, 120))
     with pytest.raises(
-        ValueError, match=r"sources.long: of 97 documents in a row none is kept; wider `tokens` than \(60, 120\)"
+        ValueError, match=r"sources.long: of 97 documents in a row none is used; wider `tokens` than \(60, 120\)"
     ):
         next(make_loader(DataConfig((source,), str(folder), sequence_length=120, batch_size=2)))
 

@@ -31,7 +31,7 @@ def test_jsonl_lines_and_their_places(tmp_path: Path) -> None:
         b'{"text": 2}\r\n',
         b'{"text": 3}',
     ]
-    assert [document.place for document in documents] == [f"{path}:1", f"{path}:4", f"{path}:5"]
+    assert [document.location for document in documents] == [f"{path}:1", f"{path}:4", f"{path}:5"]
 
 
 def test_text_blocks_and_their_places(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_text_blocks_and_their_places(tmp_path: Path) -> None:
     path.write_bytes(b"\none\nline two\n \n\n\nthree\n\nfour")
     documents = list(DocumentSource([str(path)]))
     assert [document.content for document in documents] == [b"one\nline two\n", b"three\n", b"four"]
-    assert [document.place for document in documents] == [f"{path}:2", f"{path}:7", f"{path}:9"]
+    assert [document.location for document in documents] == [f"{path}:2", f"{path}:7", f"{path}:9"]
 
 
 def _write(path: Path) -> None:
@@ -80,7 +80,7 @@ def test_every_format_holds_the_same_records(
     assert len(source) == len(RECORDS)
     for index in (3, 0, 2, 1):
         assert json.loads(source[index].content) == RECORDS[index]
-        assert source[index].place.endswith(f"a.{suffix}:{index + 1}")
+        assert source[index].location.endswith(f"a.{suffix}:{index + 1}")
 
 
 def test_random_access_over_globs_and_files(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_random_access_over_globs_and_files(tmp_path: Path) -> None:
     [
         ("other.jsonl", "x\n", r"sources\.web\.paths: '.*a\.\*' matches no file"),
         ("a.jsonl", "\n \n", r"sources\.web\.paths: '.*a\.jsonl' holds no document"),
-        ("a.csv", "x", r"sources\.web\.paths: '.*a\.csv' is of no known format; one of \.jsonl, .*\.arrayrecord fits"),
+        ("a.csv", "x", r"sources\.web\.paths: '.*a\.csv' has an unknown format; one of \.jsonl, .*\.arrayrecord fits"),
         ("a.parquet", "x" * 100, r"(?s)sources\.web\.paths: '.*a\.parquet' cannot be read"),
         ("a.arrayrecord", "x" * 100, r"sources\.web\.paths: '.*a\.arrayrecord'"),
     ],

@@ -13,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import (
-    DENSE,
-    MOE,
     random_tokens,
     relative_error,
     to_params,
@@ -24,6 +22,7 @@ from reference import (
     torch_model,
     torch_params,
 )
+from tiny import DENSE, MOE
 
 from qwen3_jax.cache import KVCache
 from qwen3_jax.config import ModelConfig, RopeScaling

@@ -388,7 +388,7 @@ def test_a_sentencepiece_model_that_loses_text_is_refused(
     if accepted:
         assert load_tokenizer(tmp_path).token_id("<think>") is None
     else:
-        with pytest.raises(ValueError, match="does not give every text back"):
+        with pytest.raises(ValueError, match="does not round-trip every text"):
             load_tokenizer(tmp_path)
 
 
