@@ -82,10 +82,6 @@ def quick_compile() -> Iterator[None]:
     jax.clear_caches()
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "quick: among the tests of `make test-quick`")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.startswith(QUICK):

@@ -127,13 +127,13 @@ class BudgetState:
 
 def allowed_tokens(state: BudgetState, limits: Limits, markers: Markers, vocab_size: int) -> jax.Array:
     """[B, V] bool, what each row may sample next."""
-    ids_V = jnp.arange(vocab_size)
+    ids_1V = jnp.arange(vocab_size)[None]
     answering_B = state.phase_B == ANSWER
     keep_B = ~limits.empty_ok_B & (answering_B | (state.phase_B == START)) & (state.answer_B == 0)
     return (
-        (ids_V < markers.num_tokens)
-        & ~(answering_B[:, None] & (ids_V == markers.think))
-        & ~(keep_B[:, None] & markers.eos_V)
+        (ids_1V < markers.num_tokens)
+        & ~(answering_B[:, None] & (ids_1V == markers.think))
+        & ~(keep_B[:, None] & markers.eos_V[None])
     )
 
 

@@ -31,7 +31,7 @@ def peak_flops(devices: Sequence[jax.Device]) -> tuple[float, str]:
     if kind in BY_DEVICE_KIND:
         return BY_DEVICE_KIND[kind].peak_flops * len(devices), f"data sheet of {kind}"
     # Elsewhere (the CPU above all, whose fake devices share one set of cores): one large matmul, best of three.
-    n = 2048
+    n = 1024
     x = jnp.ones((n, n), jnp.float32)
     multiply = jax.jit(jnp.matmul)
     multiply(x, x).block_until_ready()
