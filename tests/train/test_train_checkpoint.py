@@ -152,7 +152,7 @@ def test_a_disk_that_fills_up_is_named_and_nothing_half_written_counts(small_dis
             for step in range(1, 8):
                 checkpointer.save(step, many, moment, {}, {})
 
-    with pytest.raises(OSError, match=rf"^checkpoint (\d+): '{small_disk}': No space left on device; nothing of it"):
+    with pytest.raises(OSError, match=rf"^checkpoint (\d+): '{small_disk}': No space left on device; it was not saved"):
         fill()
     found = find_verified(small_disk, pytest.fail)
     assert found is not None
