@@ -1,16 +1,25 @@
-# `make demo` and `make test` need Python >= 3.11, git and make; both build their own virtual environment.
+# Every target needs Python >= 3.11 and builds a virtual environment: .venv, and .venv-NAME for `make ... PYTHON=NAME`.
 PYTHON ?= python3
 VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 TINY := runs/tiny
 
-.PHONY: demo test lint tiny plan-all clean
+.PHONY: demo test test-quick test-slow lint tiny plan-all clean
 
 demo: $(VENV)/.run
 	JAX_PLATFORMS=cpu $(BIN)/qwen3-jax demo
 
-test: $(VENV)/.test
+# Every test but the slow ones, parity with PyTorch included.
+test: $(VENV)/.parity
 	$(BIN)/python -m pytest -n 2
+
+# Tests marked quick, at most 3 minutes with warm caches. Needs no PyTorch.
+test-quick: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m quick
+
+# Tests marked slow: recipes compiled for their slices. By hand, before a release.
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -49,6 +58,10 @@ $(VENV)/.run: pyproject.toml | $(VENV)/bin/pip
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+$(VENV)/.parity: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,parity]'
 	@touch $@
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/bin/pip

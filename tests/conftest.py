@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,33 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 # What several test files import: the PyTorch reference, the rules in plain Python, a server that stands for gs://.
 sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+import hypothesis
+import program_cache
+
+program_cache.set_environment()
+program_cache.make_writes_atomic()
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+# `make test-quick`: parity of layers and model, the rules of the budget, the pool, train steps and
+# their resumption, one mesh, checkpoints both ways, the chat template, refusals of configs.
+QUICK = (
+    "tests/data/test_data_packing.py",
+    "tests/decode/test_decode_pool.py",
+    "tests/decode/test_decode_rules.py",
+    "tests/hf/",
+    "tests/ops/test_loss.py",
+    "tests/ops/test_moe.py",
+    "tests/parity/",
+    "tests/sharding/test_sharding.py",
+    "tests/test_config.py",
+    "tests/text/test_chat.py",
+    "tests/train/test_mesh_matrix.py::test_the_mesh_changes_nothing[experts, with drops-fsdp 2, expert 2, tensor 2-4]",
+    "tests/train/test_train.py",
+    "tests/train/test_train_checkpoint.py",
+    "tests/train/test_train_guard.py",
+)
 
 Check = Callable[[str, float, float], None]
 
@@ -34,13 +59,37 @@ def check_error(record_property: Callable[[str, object], None]) -> Check:
 
 
 @pytest.fixture
-def coordinator_address() -> str:
-    """Where processes of one `jax.distributed` run can meet. Below the ports that the kernel gives to outgoing
-    connections, one of which could take it before the first process listens there."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 30_000)
-        with contextlib.suppress(OSError), socket.create_server(("", port)):
-            return f"127.0.0.1:{port}"
+def coordinator_address() -> Iterator[str]:
+    """Where processes of one `jax.distributed` run can meet. The port stays bound to a socket that does not listen:
+    gRPC, which asks for SO_REUSEPORT too, can listen there, and the kernel gives the port to nobody else."""
+    with socket.socket(socket.AF_INET6) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        holder.bind(("::", 0))
+        yield f"127.0.0.1:{holder.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module")
+def quick_compile() -> Iterator[None]:
+    """For modules that compare numbers within a tolerance: XLA compiles in about half the time what runs slower.
+
+    Parity and bit-identity tests keep the optimisation that users run with, so what was compiled here is forgotten.
+    """
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "quick: among the tests of `make test-quick`")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.startswith(QUICK):
+            item.add_marker("quick")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -21,6 +21,8 @@ from qwen3_jax.model import Qwen3
 from qwen3_jax.optim import OptimizerConfig, ema_params, make_optimizer, make_schedule, optimizer_shardings
 from sharding import MeshConfig, make_mesh, named_shardings
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # Where Muon sees matrices: name -> (shape, that shape as [matrices, out, in]).
 MATRICES = {
     "q_proj": ((2, 4, 8, 16), (2, 32, 16)),
@@ -71,7 +73,8 @@ def test_norm_scales_are_not_decayed(name: str) -> None:
     params |= {"norm": jnp.ones(4), "embed_tokens": jnp.ones((5, 4))}
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5, name=name)
     optimizer = make_optimizer(config, steps=10)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    grads = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     moved = jax.tree.map(lambda u: bool((u != 0).all()), updates)
     assert moved == {
         "layers_0_2": {"mlp": {"up_proj": True}, "input_layernorm": False, "self_attn": {"q_norm": False}},
@@ -100,11 +103,11 @@ def test_muon_is_the_same_as_a_loop_over_matrices() -> None:
     optimizer = make_optimizer(
         OptimizerConfig(1.0, 0, name="muon", final_ratio=1.0, weight_decay=0.1, clip_norm=1e9), 9
     )
-    state = optimizer.init(params)
+    state, update = jax.jit(optimizer.init)(params), jax.jit(optimizer.update)
     momentum = {name: np.zeros(shape) for name, (shape, _) in MATRICES.items()}
     for step in range(1, 4):
         grads = {name: rng.normal(size=shape).astype(np.float32) for name, (shape, _) in MATRICES.items()}
-        updates, state = optimizer.update(jax.tree.map(jnp.array, grads), state, params)
+        updates, state = update(grads, state, params)
         for name, (shape, (matrices, rows, columns)) in MATRICES.items():
             momentum[name] = 0.95 * momentum[name] + 0.05 * grads[name]
             ahead = 0.95 * momentum[name] / (1 - 0.95 ** (step + 1)) + 0.05 * grads[name] / (1 - 0.95**step)
@@ -142,10 +145,10 @@ def test_the_gradient_is_cut_to_the_norm_over_all_weights() -> None:
 def test_the_average_of_the_weights_is_that_of_a_loop(name: str) -> None:
     params = {"up_proj": jnp.arange(12.0).reshape(3, 4), "norm": jnp.ones(4)}
     optimizer = make_optimizer(OptimizerConfig(0.1, 0, name=name, ema_decay=0.75), 9)
-    state, average = optimizer.init(params), params
+    state, average, update = optimizer.init(params), params, jax.jit(optimizer.update)
     for step in range(5):
         grads = jax.tree.map(lambda x, step=step: jnp.sin(x + step), params)
-        updates, state = optimizer.update(grads, state, params)
+        updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
         average = jax.tree.map(lambda a, x: 0.75 * a + 0.25 * x, average, params)
     assert float(jnp.abs(average["norm"] - params["norm"]).max()) > 0.01
@@ -191,7 +194,7 @@ def test_on_eight_devices_the_state_is_split_and_the_numbers_stay(name: str, tmp
     state = jax.jit(optimizer.init, out_shardings=state_shardings)(params)
     updates, state = jax.jit(step, out_shardings=(shardings, state_shardings))(params, state)
     jax.tree.map(lambda x, sharding: chex.assert_equal(x.sharding, sharding), state, state_shardings)
-    expected, expected_state = step(alone, optimizer.init(alone))
+    expected, expected_state = step(alone, jax.jit(optimizer.init)(alone))
     chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_close(ema_params(state), ema_params(expected_state), rtol=1e-5, atol=1e-5)
     with ocp.StandardCheckpointer() as checkpointer:

@@ -182,9 +182,9 @@ class Qwen3(nn.Module):
 
 def segment_positions(segment_ids_BT: jax.Array) -> jax.Array:
     """[B, T] position of each token counted from the start of its segment."""
-    index_T = jnp.arange(segment_ids_BT.shape[1])
+    index_1T = jnp.arange(segment_ids_BT.shape[1])[None]
     starts_BT = segment_ids_BT != jnp.pad(segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    return index_T - jax.lax.cummax(jnp.where(starts_BT, index_T, 0), axis=1)
+    return index_1T - jax.lax.cummax(jnp.where(starts_BT, index_1T, 0), axis=1)
 
 
 def head_weight(config: ModelConfig, params: Any) -> jax.Array:

@@ -81,7 +81,7 @@ def plain_attention(
         q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], k_BSKH.shape[2], -1, q_BTNH.shape[-1])
         return zigzag.attend_pairs(q_BTKGH, k_BSKH, v_BSKH, queries_BT, keys_BS, parts).reshape(q_BTNH.shape)
     length = q_BTNH.shape[1]
-    mask_BTS = (queries_BT[:, :, None] == keys_BS[:, None, :]) & jnp.tril(jnp.ones((length, length), bool))
+    mask_BTS = (queries_BT[:, :, None] == keys_BS[:, None, :]) & jnp.tril(jnp.ones((length, length), bool))[None]
     block = max(_MIN_BLOCK, -(-length // _MAX_BLOCKS))
     k_BKHS, v_BKSH = k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3)
     out = []

@@ -138,7 +138,7 @@ def _local(
     def chunk(of_head_VD: jax.Array, tokens: Any) -> tuple[jax.Array, tuple[TokenScores, jax.Array | None]]:
         x_ND, target_N, cotangents = tokens
         logits_NV = jnp.einsum("ND,VD->NV", x_ND, weight_VD, preferred_element_type=jnp.float32)
-        is_target_NV = target_N[:, None] == ids_V
+        is_target_NV = target_N[:, None] == ids_V[None]
         peak_N = jax.lax.pmax(logits_NV.max(axis=1), vocab)
         shifted_NV = logits_NV - peak_N[:, None]
         exp_NV = jnp.exp(shifted_NV)

@@ -78,7 +78,7 @@ def route(
     z_BT1 = jax.nn.logsumexp(logits_BTE, axis=-1, keepdims=True)
     probs_BTE = jnp.exp(logits_BTE - z_BT1)
     _, experts_BTK = jax.lax.top_k(jax.lax.stop_gradient(probs_BTE), top_k)
-    chosen_BTE = (experts_BTK[..., None] == jnp.arange(probs_BTE.shape[-1])).any(axis=-2) & valid_BT1
+    chosen_BTE = (experts_BTK[..., None] == jnp.arange(probs_BTE.shape[-1])[None, None, None]).any(axis=-2) & valid_BT1
     gates_BTE = jnp.where(chosen_BTE, probs_BTE, 0)
     if norm_topk_prob:
         gates_BTE /= jnp.where(valid_BT1, gates_BTE.sum(axis=-1, keepdims=True), 1)
@@ -193,7 +193,7 @@ def dispatch_mask(chosen_GSE: jax.Array, capacity: int) -> jax.Array:
     # are 0 and 1, and float32 holds every integer up to 2**24.
     up_to_ST = jnp.tri(chosen_GSE.shape[1], dtype=jnp.float32)
     slot_GSE = jnp.einsum("ST,GTE->GSE", up_to_ST, chosen_GSE.astype(jnp.float32)).astype(jnp.int32) - 1
-    return (slot_GSE[..., None] == jnp.arange(capacity)) & chosen_GSE[..., None]
+    return (slot_GSE[..., None] == jnp.arange(capacity)[None, None, None]) & chosen_GSE[..., None]
 
 
 def expert_swiglu(x_EPD: jax.Array, gates_EP: jax.Array, experts: Experts) -> jax.Array:

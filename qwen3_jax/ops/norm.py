@@ -13,4 +13,4 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return scale.astype(x.dtype) * normed.astype(x.dtype)
+    return jnp.expand_dims(scale.astype(x.dtype), tuple(range(x.ndim - 1))) * normed.astype(x.dtype)

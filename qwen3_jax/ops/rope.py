@@ -45,7 +45,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
 def rope_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`(cos, sin)` [B, T, R] in float32 for integer positions."""
     inverse_R, factor = rope_frequencies(config)
-    angles_BTR = positions_BT.astype(jnp.float32)[..., None] * inverse_R
+    angles_BTR = positions_BT.astype(jnp.float32)[..., None] * inverse_R[None, None]
     return jnp.cos(angles_BTR) * factor, jnp.sin(angles_BTR) * factor
 
 

@@ -172,14 +172,14 @@ def _router_metrics(sums: Sums, scope: BalanceScope) -> Metrics:
     exact_L = load_balance_loss(counts_LE, router.prob_sum_BE, router.tokens_B)
     balance = {**sums["balance"], "step_exact": exact_L}
     load_LE = counts_LE * experts / total_L[:, None]
-    rank_E = 2 * jnp.arange(1, experts + 1) - experts - 1
+    rank_1E = 2 * jnp.arange(1, experts + 1)[None] - experts - 1
     series = {
         "dropped": router.dropped_B / total_L,
         "entropy": router.entropy_sum_B / jnp.maximum(router.tokens_B, 1),
         "load": load_LE,
         "load_max": load_LE.max(axis=-1),
         "load_min": load_LE.min(axis=-1),
-        "load_gini": (jnp.sort(load_LE, axis=-1) * rank_E).sum(axis=-1) / experts**2,
+        "load_gini": (jnp.sort(load_LE, axis=-1) * rank_1E).sum(axis=-1) / experts**2,
         **{f"balance_{name}": value_L for name, value_L in balance.items()},
     }
     return {

@@ -44,11 +44,11 @@ def test_accuracy_rises_with_every_budget_of_the_demo(engine: Engine, problems: 
 def test_thinking_solves_held_out_problems_and_non_thinking_does_not(engine: Engine, problems: list[Problem]) -> None:
     """200 problems: 95 % against what is within reach of a guess."""
     requests = [
-        engine.request({"prompt": problem.question + flag, "max_new_tokens": 64, "seed": i})
+        engine.prompt({"prompt": problem.question + flag, "max_new_tokens": 64, "seed": i}).request
         for flag in (" /think", " /no_think")
         for i, problem in enumerate(problems)
     ]
-    answers = [engine.response(result)["content"] for result in engine.generate(requests)]
+    answers = [engine.reader.record(result)["content"] for result in engine.generate(requests)]
     right = [answer == problem.answer for answer, problem in zip(answers, problems * 2, strict=True)]
     thinking, direct = sum(right[:NUM_PROBLEMS]) / NUM_PROBLEMS, sum(right[NUM_PROBLEMS:]) / NUM_PROBLEMS
     assert thinking >= 0.95
@@ -59,10 +59,12 @@ def test_the_model_itself_follows_the_flags(engine: Engine, problems: list[Probl
     """Nothing is forced here: the prompt says /no_think, the decoder is not told."""
     texts = [problem.question + flag for flag in ("", " /think", " /no_think") for problem in problems]
     requests = [
-        Request(engine.request({"prompt": text}).prompt_ids, max_new_tokens=64, temperature=0.6, top_p=0.95, seed=i)
+        Request(
+            engine.prompt({"prompt": text}).request.prompt_ids, max_new_tokens=64, temperature=0.6, top_p=0.95, seed=i
+        )
         for i, text in enumerate(texts)
     ]
-    records = [engine.response(result) for result in engine.generate(requests)]
+    records = [engine.reader.record(result) for result in engine.generate(requests)]
     followed = [
         bool(record["thinking"]) == ("/no_think" not in text) for record, text in zip(records, texts, strict=True)
     ]

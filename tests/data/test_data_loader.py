@@ -6,8 +6,6 @@ import dataclasses
 import itertools
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ import grain
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from processes import Command
 
 from qwen3_jax.data import DataConfig, SourceConfig, make_loader
 from qwen3_jax.data.mixture import shuffled
@@ -198,12 +197,12 @@ def test_processes_feed_the_rows_of_their_devices(folder: Path, coordinator_addr
     config = json.dumps(dataclasses.asdict(_config(folder, "mixed.jsonl")))
     env = {**os.environ, "JAX_COORDINATOR_ADDRESS": coordinator_address, "JAX_NUM_PROCESSES": "2"}
     env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-    command = [sys.executable, str(Path(__file__).parents[1] / "support" / "feed_worker.py"), config]
     processes = [
-        subprocess.Popen(command, env={**env, "JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, text=True)
-        for i in range(2)
+        Command("feed_worker:main", config, env={**env, "JAX_PROCESS_ID": str(i)}, cwd=Path.cwd()) for i in range(2)
     ]
-    rows = [json.loads(process.communicate(timeout=300)[0]) for process in processes]
+    said = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    rows = [json.loads(out) for out, _ in said]
     assert rows == [["0", "1", "4", "5"], ["2", "3", "6", "7"]]
 
 

@@ -120,15 +120,13 @@ def test_killed_it_leaves_whole_shards_and_no_process_and_goes_on(
     """kill -9 of the command alone: its workers must end by themselves, and what they left is finished, not redone."""
     arguments = ["tokenize", str(run_file), str(tmp_path / "ids"), "--workers", "2", "--documents-per-shard", "1000"]
     command = [sys.executable, "-c", "from qwen3_jax.cli.main import main; main()", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
     directory = tmp_path / "ids" / "web"
-    deadline = time.monotonic() + 120
     while not list(directory.glob("0*.arrayrecord")):
-        assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)  # returns when no worker holds the pipe any more
+    process.communicate()  # returns when no worker holds the pipe any more
     left = sorted(path.name for path in directory.glob("0*.arrayrecord"))
     assert 0 < len(left) < 20
     unfinished = SourceConfig("web", (str(directory / "*.arrayrecord"),))

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import linen as nn
-from reference import DENSE, MOE, to_params, torch_model
+from reference import to_params, torch, torch_model
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
+from tiny import DENSE, MOE
 from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 from qwen3_jax import hf

@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from reference import DENSE, MOE, torch_model, torch_params
+from reference import torch_model, torch_params
+from tiny import DENSE, MOE
 
 from qwen3_jax import hf
 from qwen3_jax.checkpoint import Checkpointer

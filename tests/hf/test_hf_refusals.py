@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from reference import DENSE, MOE, torch_model, torch_params
+from reference import torch, torch_model, torch_params
 from safetensors.torch import load_file, save_file
+from tiny import DENSE, MOE
 
 from qwen3_jax import hf
 from qwen3_jax.config import ModelConfig

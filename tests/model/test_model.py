@@ -12,26 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from tiny import MOE
 
 from qwen3_jax.cache import EMPTY, KVCache
-from qwen3_jax.config import ModelConfig
 from qwen3_jax.model import Qwen3, head_weight, stack_layers, unembed, unstack_layers
 from qwen3_jax.model.qwen3 import segment_positions
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # Layer 0 dense, layers 1 and 2 routed: both kinds of layer, and a run longer than one.
-CONFIG = ModelConfig(
+CONFIG = dataclasses.replace(
+    MOE,
     vocab_size=64,
     hidden_size=32,
     num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
     head_dim=12,
     intermediate_size=40,
     max_position_embeddings=128,
-    rope_theta=10_000.0,
     num_experts=4,
-    num_experts_per_tok=2,
-    moe_intermediate_size=24,
     mlp_only_layers=(0,),
 )
 MODEL = Qwen3(CONFIG)
@@ -200,7 +198,7 @@ def test_router_statistics(params: Any) -> None:
 def test_group_size_must_divide(params: Any) -> None:
     model = Qwen3(CONFIG, capacity_factor=1.0, group_size=5)
     with pytest.raises(ValueError, match="group_size: 5 does not divide the sequence length 16; a divisor fits"):
-        model.apply({"params": params}, TOKENS)
+        jax.eval_shape(model.apply, {"params": params}, TOKENS)
 
 
 def test_cache_in_pieces_and_extended(params: Any) -> None:
@@ -239,6 +237,6 @@ def test_a_row_may_write_nothing(params: Any) -> None:
 def test_cache_refusals(params: Any) -> None:
     cache = KVCache.create(CONFIG, BATCH, LENGTH, jnp.float32)
     with pytest.raises(ValueError, match="positions: None; with a cache, the position of each token fits"):
-        MODEL.apply({"params": unstack_layers(CONFIG, params)}, TOKENS, cache=cache)
+        jax.eval_shape(MODEL.apply, {"params": unstack_layers(CONFIG, params)}, TOKENS, cache=cache)
     with pytest.raises(ValueError, match="params: stacked layers do not go with a cache"):
-        MODEL.apply({"params": params}, TOKENS, jnp.zeros_like(TOKENS), cache=cache)
+        jax.eval_shape(MODEL.apply, {"params": params}, TOKENS, jnp.zeros_like(TOKENS), cache=cache)

@@ -18,6 +18,8 @@ from qwen3_jax.ops import zigzag
 from qwen3_jax.ops.attention import attention, attention_before_write, causal_attention
 from sharding import MeshConfig, make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SEGMENTS = (1, 1, 1, 2, 2, 3, 3, 0)  # of eighths of a row: three documents and padding
 
 

@@ -15,6 +15,8 @@ from qwen3_jax.ops import loss as loss_module
 from qwen3_jax.ops.loss import TokenScores, linear_cross_entropy, token_logprobs
 from sharding import AXIS_RULES, DECODE_RULES, AxisRules, MeshConfig, axis_rules, make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ROWS, LENGTH, WIDTH, VOCAB = 8, 12, 16, 40
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -11,15 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import MOE
 
-from qwen3_jax.config import ModelConfig
 from qwen3_jax.model.layers import MoeMlp
 from qwen3_jax.ops import moe
 from qwen3_jax.ops.loss import load_balance_loss
-from qwen3_jax.ops.moe import dispatch_mask, expert_capacity, moe_capacity, moe_exact, moe_few, route
+from qwen3_jax.ops.moe import dispatch_mask, expert_capacity, moe_few
 from sharding import MeshConfig, make_mesh
 
 EXPERTS, TOP_K, WIDTH, HIDDEN = 4, 2, 8, 6
+
+# One program each for a shape, where one for each of their operations would take longer.
+moe_capacity = jax.jit(moe.moe_capacity, static_argnames=("capacity", "group_size"))
+moe_exact = jax.jit(moe.moe_exact)
+route = jax.jit(moe.route, static_argnums=(1, 2))
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -306,16 +312,9 @@ def test_few_tokens_convert_no_whole_table() -> None:
 
 def test_layer_reads_all_experts_only_where_tokens_could_use_them() -> None:
     """16 experts, 3 per token: five tokens make 15 choices, six make 18."""
-    config = ModelConfig(
-        vocab_size=8,
+    config = dataclasses.replace(
+        MOE,
         hidden_size=WIDTH,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=8,
-        intermediate_size=8,
-        max_position_embeddings=8,
-        rope_theta=10_000.0,
         num_experts=FEW_EXPERTS,
         num_experts_per_tok=FEW_TOP_K,
         moe_intermediate_size=FEW_HIDDEN,

@@ -12,18 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from reference import (
-    DENSE,
-    MOE,
     random_tokens,
     relative_error,
     to_params,
+    torch,
     torch_config,
     torch_logits,
     torch_model,
     torch_params,
 )
+from tiny import DENSE, MOE
 
 from qwen3_jax.cache import KVCache
 from qwen3_jax.config import ModelConfig, RopeScaling

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from reference import DENSE, MOE, relative_error, to_params, torch_config, torch_model
+from reference import relative_error, to_params, torch, torch_config, torch_model
+from tiny import DENSE, MOE
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
 from qwen3_jax.config import ModelConfig, RopeScaling

@@ -7,7 +7,7 @@ Prints, as JSON, the rows whose state it holds, after it has compared what its d
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Sequence
 
 import draccus
 import jax
@@ -20,9 +20,9 @@ from qwen3_jax.train.program import batch_sharding
 from sharding import start_processes
 
 
-def main() -> None:
+def main(words: Sequence[str]) -> None:
     start_processes()
-    config = draccus.decode(DataConfig, json.loads(sys.argv[1]))
+    config = draccus.decode(DataConfig, json.loads(words[0]))
     # Rows over four pairs of devices, every other one of this process; a pair splits the tokens.
     grid = np.array(jax.devices()).reshape(2, 2, 2).transpose(1, 0, 2).reshape(1, 4, 1, 2, 1)
     mesh = Mesh(grid, ("data", "fsdp", "expert", "context", "tensor"))
@@ -35,7 +35,3 @@ def main() -> None:
                 assert shard.data.shape == (2, config.sequence_length // 2)
                 np.testing.assert_array_equal(shard.data, expected[name][shard.index])
     print(json.dumps(list(feed.get_state())))
-
-
-if __name__ == "__main__":
-    main()

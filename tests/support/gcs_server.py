@@ -31,6 +31,26 @@ class Bucket:
         self.uploads: dict[str, tuple[str, bytearray]] = {}
         self.lock = threading.Lock()
         self._generation = 0
+        self._held = ""
+        self._reached, self._dropped = threading.Event(), threading.Event()
+
+    @contextmanager
+    def hold(self, text: str) -> Iterator[threading.Event]:
+        """Writes of names that hold `text` wait to the end of the block, and are then dropped. The event: one came."""
+        self._held, self._reached, self._dropped = text, threading.Event(), threading.Event()
+        try:
+            yield self._reached
+        finally:
+            self._held = ""
+            self._dropped.set()
+
+    def receive(self, request: str) -> None:
+        """Raises ConnectionError for what is held."""
+        dropped = self._dropped
+        if self._held and self._held in request:
+            self._reached.set()
+            dropped.wait()
+            raise ConnectionAbortedError
 
     def put(self, name: str, content: bytes) -> dict[str, Any]:
         self._generation += 1
@@ -104,6 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.command in ("POST", "PUT"):
+            self.bucket.receive(unquote(self.path) + content[:1000].decode(errors="replace"))
         with self.bucket.lock:
             status, headers, body = self._answer(self.command, self.path, content)
         self.send_response(status)

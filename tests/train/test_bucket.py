@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,24 +17,15 @@ import pytest
 import yaml
 from array_record.python.array_record_module import ArrayRecordWriter
 from gcs_server import Bucket, gcs_server
+from processes import Command
+from program_cache import QUICK_COMPILE
 from pyarrow import parquet
+from tiny import TRAINED, yaml_fields
 
 from qwen3_jax.tasks.arithmetic import write_dataset
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
-MODEL = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 256,
-    "max_position_embeddings": 64,
-    "rope_theta": 1e4,
-    "tie_word_embeddings": True,
-}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +33,6 @@ def bucket() -> Iterator[Bucket]:
     with gcs_server() as (address, bucket), pytest.MonkeyPatch.context() as patch:
         patch.setenv("STORAGE_EMULATOR_HOST", address)  # for gcsfs
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
-        patch.setenv("XLA_FLAGS", "")
         yield bucket
 
 
@@ -59,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, bucket: Bucket) -> Path:
         bucket.put(f"data/{name}", (folder / "data" / name).read_bytes())
         sources.append({"name": name[0], "paths": [f"gs://bucket/data/{name[0]}*"]})
     fields = {
-        "model": MODEL,
+        "model": yaml_fields(TRAINED),
         "data": {"sources": sources, "tokenizer": str(folder / "data"), "sequence_length": 32, "batch_size": 8},
         "optimizer": {"learning_rate": 0.01, "warmup_steps": 2},
         "compute": {"dtype": "float32", "remat": False},
@@ -86,28 +75,18 @@ def write_formats(directory: Path, lines: list[bytes]) -> None:
     writer.close()
 
 
-def command(folder: Path, *words: str, **more: str) -> subprocess.Popen[bytes]:
-    """What it prints goes to the file `said`: nobody reads a pipe of a process that is to be killed."""
-    env = {
-        **os.environ,
-        "HOME": str(folder),
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-        "JAX_PLATFORMS": "cpu",
-        **more,
-    }
-    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    with (folder / "said").open("wb") as said:
-        return subprocess.Popen([sys.executable, *words], env=env, stdout=said, stderr=said, cwd=ROOT)
+def command(folder: Path, target: str, *words: str, flags: str = "", **more: str) -> Command:
+    env = {**os.environ, "HOME": str(folder), "XLA_FLAGS": flags, **more}
+    return Command(target, *words, env=env, cwd=ROOT)
 
 
-def train(folder: Path, config: str = "run.yaml") -> subprocess.Popen[bytes]:
-    return command(folder, str(ROOT / "train.py"), str(folder / config))
+def train(folder: Path, config: str = "run.yaml", *overrides: str, **options: str) -> Command:
+    return command(folder, "qwen3_jax.cli.train:main", str(folder / config), *overrides, **options)
 
 
-def finish(folder: Path, process: subprocess.Popen[bytes], code: int = 0) -> str:
+def finish(process: Command, code: int = 0) -> str:
     """What it printed."""
-    process.wait(timeout=300)
-    said = (folder / "said").read_text()
+    said = "".join(process.communicate())
     assert process.returncode == code, said
     return " ".join(said.split())
 
@@ -131,28 +110,30 @@ def begun_steps(bucket: Bucket) -> set[int]:
 
 
 def test_a_run_in_a_bucket_killed_damaged_exported(folder: Path, bucket: Bucket) -> None:
-    """Killed with SIGKILL twice after a checkpoint and twice while it saves one, of which half a one is left; then the
+    """Killed with SIGKILL twice after a checkpoint and twice while it saves one, of which half is left; then the
     newest whole one is damaged. The series in the bucket is that of a run on this disk which nothing interrupts, and
     what is exported from there are that run's weights."""
-    said = finish(folder, train(folder, "here.yaml"))
+    said = finish(train(folder, "here.yaml"))
     assert f"trained to step {STEPS}" in said
     expected = series((folder / "here" / "metrics.jsonl").read_text())
     assert [line["step"] for line in expected] == list(range(1, STEPS + 1))
 
     rng = random.Random(0)
-    halves = 0
     for kill in range(4):
         process, before = train(folder), saved_steps(bucket)
-        while process.poll() is None and saved_steps(bucket)[-1:] == before[-1:]:
-            time.sleep(0.005)
-        while process.poll() is None and kill % 2 and max(begun_steps(bucket)) == saved_steps(bucket)[-1]:
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.05))
-        assert process.poll() is None, (folder / "said").read_text()
-        process.kill()
-        process.wait()
-        halves += max(begun_steps(bucket)) > saved_steps(bucket)[-1]
-    assert halves
+        with bucket.hold(f"checkpoints/{STEPS}/"):  # it cannot end
+            while process.poll() is None and saved_steps(bucket)[-1:] == before[-1:]:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.05))
+            if kill % 2 == 0:
+                process.kill()
+        if kill % 2:
+            with bucket.hold("/commit_success.txt") as reached:
+                while process.poll() is None and not reached.wait(0.1):
+                    pass
+                process.kill()
+            assert max(begun_steps(bucket)) > saved_steps(bucket)[-1]
+        assert process.returncode == -signal.SIGKILL
     newest = saved_steps(bucket)[-1]
     assert newest < STEPS
     name = max(
@@ -163,7 +144,7 @@ def test_a_run_in_a_bucket_killed_damaged_exported(folder: Path, bucket: Bucket)
     content[len(content) // 2] ^= 16
     bucket.put(name, bytes(content))
 
-    said = finish(folder, train(folder))
+    said = finish(train(folder))
     damaged = name.removeprefix(f"run/checkpoints/{newest}/")
     assert f"checkpoint {newest} is damaged: {damaged} is not as it was written" in said
     assert f"checkpoint in gs://bucket/run/checkpoints/{STEPS}" in said
@@ -172,8 +153,7 @@ def test_a_run_in_a_bucket_killed_damaged_exported(folder: Path, bucket: Bucket)
     assert any(name.startswith(f"run/checkpoints/{newest}.damaged/") for name in bucket.objects)
 
     for source, target in (("gs://bucket/run", "there"), (str(folder / "here"), "here")):
-        convert = "from qwen3_jax.cli.main import main; main()"
-        finish(folder, command(folder, "-c", convert, "convert", source, str(folder / "exported" / target)))
+        finish(command(folder, "qwen3_jax.cli.main:main", "convert", source, str(folder / "exported" / target)))
     exported = [(folder / "exported" / name / "model.safetensors").read_bytes() for name in ("there", "here")]
     assert exported[0] == exported[1]
 
@@ -181,22 +161,23 @@ def test_a_run_in_a_bucket_killed_damaged_exported(folder: Path, bucket: Bucket)
 def test_two_processes_in_a_bucket(folder: Path, bucket: Bucket, coordinator_address: str) -> None:
     """Two processes train; one with two devices goes on from their checkpoint of step 8: the numbers are those of one
     run here."""
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    steps = ("--steps", "12", "--checkpoint_every", "4")
-    words = (str(ROOT / "train.py"), str(folder / "run.yaml"), *steps, "--output_dir")
-    finish(folder, command(folder, *words, str(folder / "two"), **devices))
+    steps = ("--steps", "12", "--checkpoint_every", "4", "--output_dir")
+    devices = f"{QUICK_COMPILE} --xla_force_host_platform_device_count=2"
+    finish(train(folder, "run.yaml", *steps, str(folder / "two"), flags=devices))
     expected = [line["loss"] for line in series((folder / "two" / "metrics.jsonl").read_text())]
 
     env = {"JAX_COORDINATOR_ADDRESS": coordinator_address, "JAX_NUM_PROCESSES": "2"}
-    processes = [command(folder, *words, "gs://bucket/two", **env, JAX_PROCESS_ID=str(i)) for i in range(2)]
-    for process in processes:
-        finish(folder, process)
+    words = (*steps, "gs://bucket/two")
+    for process in [
+        train(folder, "run.yaml", *words, flags=QUICK_COMPILE, **env, JAX_PROCESS_ID=str(i)) for i in range(2)
+    ]:
+        finish(process)
     got = [line["loss"] for line in series(bucket.objects["two/metrics.jsonl"][1].decode())]
     np.testing.assert_allclose(got, expected, rtol=1e-6)
     assert len([name for name in bucket.objects if name.startswith("two/checkpoints/8/data/process_")]) == 2
     for name in [name for name in bucket.objects if name.startswith("two/checkpoints/12/")]:
         del bucket.objects[name]
-    assert "from step 8" in finish(folder, command(folder, *words, "gs://bucket/two", **devices))
+    assert "from step 8" in finish(train(folder, "run.yaml", *words, flags=devices))
     got = [line["loss"] for line in series(bucket.objects["two/metrics.jsonl"][1].decode())]
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
@@ -204,6 +185,6 @@ def test_two_processes_in_a_bucket(folder: Path, bucket: Bucket, coordinator_add
 def test_a_bucket_that_is_not_there_is_refused_in_one_line(folder: Path, bucket: Bucket) -> None:
     text = (folder / "run.yaml").read_text().replace("gs://bucket/run", "gs://other/run")
     (folder / "other.yaml").write_text(text)
-    said = finish(folder, train(folder, "other.yaml"), code=2)
+    said = finish(train(folder, "other.yaml"), code=2)
     assert "error: output_dir: 'gs://other/run': " in said
     assert "Traceback" not in said

@@ -21,7 +21,10 @@ import optax
 import pytest
 import yaml
 from flax import linen as nn
+from processes import Command
+from program_cache import QUICK_COMPILE
 from tensorboardX.proto.event_pb2 import Event
+from tiny import MOE, yaml_fields
 
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.data import DataConfig, SourceConfig
@@ -34,19 +37,14 @@ from qwen3_jax.train.step import TrainState, make_train_step
 from sharding import MeshConfig, make_mesh
 
 ROOT = Path(__file__).parents[2]
-CONFIG = ModelConfig(
+CONFIG = dataclasses.replace(
+    MOE,
     vocab_size=512,
     hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
     intermediate_size=64,
     max_position_embeddings=128,
-    rope_theta=1e4,
     tie_word_embeddings=True,
     num_experts=4,
-    num_experts_per_tok=2,
     moe_intermediate_size=16,
     router_aux_loss_coef=0.1,
 )
@@ -81,6 +79,7 @@ def one_step(
     return step(TrainState(params, optimizer.init(params)), make_batch(8))
 
 
+@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("accumulation", [2, 4, 8])
 def test_accumulation_changes_nothing(accumulation: int) -> None:
     """The loss weighs tokens, not micro-batches, and the experts are balanced over the whole batch: the rows differ in
@@ -93,12 +92,14 @@ def test_accumulation_changes_nothing(accumulation: int) -> None:
     chex.assert_trees_all_close(split_metrics, whole_metrics, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.usefixtures("quick_compile")
 def test_the_balance_loss_is_in_the_gradient() -> None:
     with_balance, without = one_step(1)[0].params, one_step(1, aux_coef=0.0)[0].params
     moved = with_balance["layers_0_2"]["mlp"]["router"] - without["layers_0_2"]["mlp"]["router"]
     assert float(jnp.abs(moved).max()) > 1e-5
 
 
+@pytest.mark.usefixtures("quick_compile")
 def test_router_series_are_reported_per_layer() -> None:
     _, metrics = one_step(1)
     for name in ("dropped", "entropy", "load_max", "load_min"):
@@ -170,7 +171,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("run")
     write_dataset(directory / "data", 400, seed=0, vocab_size=512)
     fields = {
-        "model": {k: v for k, v in dataclasses.asdict(CONFIG).items() if v is not None and k != "mlp_only_layers"},
+        "model": yaml_fields(CONFIG),
         "data": {
             "sources": [{"name": "arithmetic", "paths": [str(directory / "data" / "train.jsonl")]}],
             "tokenizer": str(directory / "data"),
@@ -189,22 +190,12 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Programs that an earlier run compiled."""
-    return tmp_path_factory.mktemp("cache")
-
-
-def run_train(path: Path, cache: Path, *overrides: str, devices: int = 1) -> subprocess.CompletedProcess[str]:
-    env = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    command = [sys.executable, str(ROOT / "train.py"), str(path), *overrides]
-    return subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, check=False)
+def run_train(path: Path, *overrides: str, flags: str = "") -> tuple[int | None, str, str]:
+    """The exit code of train.py, and what it prints on stdout and on stderr."""
+    env = {**os.environ, "XLA_FLAGS": flags}
+    process = Command("qwen3_jax.cli.train:main", str(path), *overrides, env=env, cwd=ROOT)
+    out, err = process.communicate()
+    return process.returncode, out, err
 
 
 def metrics_of(directory: Path) -> list[dict[str, Any]]:
@@ -216,12 +207,15 @@ def metrics_of(directory: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_train_py_runs_resumes_exactly_and_is_the_same_on_eight_devices(
-    run_file: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_train_py_runs_resumes_exactly_and_is_the_same_on_eight_devices(run_file: Path, tmp_path: Path) -> None:
     """A run cut after its third step goes on to bit-identical numbers; eight devices give the same up to rounding."""
     whole, cut, eight = tmp_path / "whole", tmp_path / "cut", tmp_path / "eight"
-    done = run_train(run_file, cache, "--output_dir", str(whole), "--heat_map_every", "3")
+    # An interpreter of its own: the script too is under test.
+    command = [sys.executable, str(ROOT / "train.py"), str(run_file), "--output_dir", str(whole)]
+    env = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [*command, "--heat_map_every", "3"], env=env, capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "trained to step 6" in done.stdout
     series = metrics_of(whole)
@@ -231,14 +225,15 @@ def test_train_py_runs_resumes_exactly_and_is_the_same_on_eight_devices(
 
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "checkpoints" / "6")
-    resumed = run_train(run_file, cache, "--output_dir", str(cut))
-    assert resumed.returncode == 0, resumed.stderr
-    assert "from step 3" in " ".join(resumed.stdout.split())
+    code, out, err = run_train(run_file, "--output_dir", str(cut))
+    assert code == 0, err
+    assert "from step 3" in " ".join(out.split())
     assert metrics_of(cut) == series
 
     mesh = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.expert", "2")
-    spread = run_train(run_file, cache, "--output_dir", str(eight), *mesh, devices=8)
-    assert spread.returncode == 0, spread.stderr
+    flags = f"{QUICK_COMPILE} --xla_force_host_platform_device_count=8"
+    code, _, err = run_train(run_file, "--output_dir", str(eight), *mesh, flags=flags)
+    assert code == 0, err
     for one, many in zip(series, metrics_of(eight), strict=True):
         assert many["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert many["router/load_max"] == pytest.approx(one["router/load_max"], rel=1e-3)
@@ -260,13 +255,11 @@ def test_train_py_runs_resumes_exactly_and_is_the_same_on_eight_devices(
         ),
     ],
 )
-def test_bad_configuration_is_one_line_and_exit_code_2(
-    run_file: Path, tmp_path: Path, overrides: list[str], message: str
-) -> None:
-    done = run_train(run_file, tmp_path, *overrides)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert len([line for line in done.stderr.splitlines() if line.strip()]) == 1
+def test_bad_configuration_is_one_line_and_exit_code_2(run_file: Path, overrides: list[str], message: str) -> None:
+    code, _, err = run_train(run_file, *overrides)
+    assert code == 2
+    assert message in err
+    assert len([line for line in err.splitlines() if line.strip()]) == 1
 
 
 def test_a_sequence_that_the_context_axis_cannot_cut_is_refused() -> None:

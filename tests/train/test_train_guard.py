@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +13,14 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from tiny import DENSE
 
-from qwen3_jax.config import ModelConfig
 from qwen3_jax.model import Qwen3
 from qwen3_jax.train.guard import Guard, GuardedState, skip_bad_steps
 from qwen3_jax.train.step import TrainState, make_train_step
 
-CONFIG = ModelConfig(
+CONFIG = dataclasses.replace(
+    DENSE,
     vocab_size=64,
     hidden_size=16,
     num_hidden_layers=1,
@@ -27,7 +29,6 @@ CONFIG = ModelConfig(
     head_dim=8,
     intermediate_size=32,
     max_position_embeddings=16,
-    rope_theta=1e4,
     tie_word_embeddings=True,
 )
 ROWS, LENGTH = 4, 8
@@ -91,6 +92,18 @@ def test_a_spike_is_skipped_only_where_asked() -> None:
     assert [step for step, values in enumerate(metrics) if int(values["skipped"])] == [40]
     without, _ = run(batches[:40] + batches[41:], spike_factor=1.5)
     jax.tree.map(np.testing.assert_array_equal, state.train, without.train)
+
+
+def test_a_step_touches_no_host() -> None:
+    """Its state and batch are on the devices, and what it gives stays there."""
+    step, first = guarded(None)
+    state, _ = step(first(), batch(0))
+    batches = [batch(1), batch(2)]
+    with jax.transfer_guard("disallow"):
+        for one in batches:
+            state, _ = step(state, one)
+        with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+            step(state, {name: np.asarray(value) for name, value in batches[0].items()})
 
 
 def test_the_guard_goes_on_from_what_the_record_says() -> None:
