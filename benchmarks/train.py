@@ -28,6 +28,7 @@ from qwen3_jax.config import ModelConfig
 from qwen3_jax.model import Qwen3
 from qwen3_jax.optim import OptimizerConfig, make_optimizer
 from qwen3_jax.train.flops import peak_flops, train_flops_per_token
+from qwen3_jax.train.next_token import NextToken
 from qwen3_jax.train.step import TrainState, make_train_step
 
 ROWS, LENGTH = 4, 256
@@ -72,7 +73,7 @@ def ours(config: ModelConfig, compute: dict[str, Any]) -> Measure:
     params = jax.jit(lambda key: nn.unbox(model.init(key, jnp.zeros((1, 8), jnp.int32)))["params"])(jax.random.key(0))
     state = TrainState(params, jax.jit(optimizer.init)(params))
     del params
-    step = jax.jit(make_train_step(model, optimizer, 1), donate_argnums=0)
+    step = jax.jit(make_train_step(NextToken(model, ROWS, LENGTH), optimizer), donate_argnums=0)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
     batch = {
         "tokens": tokens[:, :-1],

@@ -24,7 +24,8 @@ from qwen3_jax.decode.programs import StepShapes, lower_prefill, lower_step, ste
 from qwen3_jax.decode.schedule import STEPS, max_prefill_rows
 from qwen3_jax.train.config import TrainConfig
 from qwen3_jax.train.flops import train_flops_per_token
-from qwen3_jax.train.program import Program
+from qwen3_jax.train.pretrain import next_token
+from qwen3_jax.train.program import TrainProgram
 from sharding import MeshConfig, make_mesh, num_parts
 
 
@@ -120,7 +121,7 @@ def train_step(config: TrainConfig) -> Work:
       ValueError: as `topology_mesh`, or sizes that do not divide over the mesh.
     """
     mesh, data = topology_mesh(config.mesh), config.data
-    program = Program(config, mesh)
+    program = TrainProgram(config, next_token(config), mesh)
     state = program.state.train
     micro = data.batch_size // config.accumulation
     tokens = data.batch_size * data.sequence_length

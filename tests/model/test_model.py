@@ -162,7 +162,7 @@ def test_capacity_that_drops_nothing_equals_exact(params: Any) -> None:
     exact = forward(MODEL)(params, TOKENS)
     capacity = forward(Qwen3(CONFIG, stacked=True, capacity_factor=2.0))(params, TOKENS)
     chex.assert_trees_all_close(capacity, exact, rtol=1e-4, atol=1e-5)
-    assert not capacity.router.dropped_B.any()
+    assert not capacity.router.dropped.any()
     _, expected = value_and_grad(MODEL)(params)
     _, grads = value_and_grad(Qwen3(CONFIG, stacked=True, capacity_factor=2.0, group_size=4))(params)
     chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-6)
@@ -177,7 +177,7 @@ def test_causal_under_drops(params: Any) -> None:
     tokens[:, 10:] = (tokens[:, 10:] + 7) % CONFIG.vocab_size
     one_segment = np.ones_like(TOKENS)
     first, second = (forward(OVERRUN)(params, x, None, one_segment) for x in (TOKENS, tokens))
-    assert (first.router.dropped_B > 0).all()
+    assert (first.router.dropped > 0).all()
     chex.assert_trees_all_close(first.logits[:, :10], second.logits[:, :10], atol=1e-6)
     assert not np.allclose(first.logits[:, 10:], second.logits[:, 10:], atol=1e-3)
 
@@ -188,13 +188,13 @@ def test_router_statistics(params: Any) -> None:
     segments[0, :6], tokens[0, :6] = 0, 3
     out, other = (forward(OVERRUN)(params, x, None, segments) for x in (TOKENS, tokens))
     chex.assert_tree_shape_prefix(out.router, (2,))
-    chex.assert_shape(out.router.counts_BE, (2, BATCH, 4))
+    chex.assert_shape(out.router.counts, (2, BATCH, 4))
     real = np.tile([LENGTH - 6, LENGTH], (2, 1))
-    np.testing.assert_array_equal(out.router.tokens_B, real)
-    np.testing.assert_array_equal(out.router.counts_BE.sum(axis=-1), 2 * real)
-    np.testing.assert_allclose(out.router.prob_sum_BE.sum(axis=-1), real, rtol=1e-5)
-    assert (out.router.entropy_sum_B < real * np.log(4)).all()
-    assert (out.router.dropped_B > 0).all()
+    np.testing.assert_array_equal(out.router.tokens, real)
+    np.testing.assert_array_equal(out.router.counts.sum(axis=-1), 2 * real)
+    np.testing.assert_allclose(out.router.prob_sum.sum(axis=-1), real, rtol=1e-5)
+    assert (out.router.entropy_sum < real * np.log(4)).all()
+    assert (out.router.dropped > 0).all()
     chex.assert_trees_all_close(other.logits[0, 6:], out.logits[0, 6:], atol=1e-6)
     chex.assert_trees_all_close(other.router, out.router, atol=1e-4)
 

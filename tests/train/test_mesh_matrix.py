@@ -21,6 +21,7 @@ from flax import linen as nn
 
 from qwen3_jax.model import Qwen3
 from qwen3_jax.optim import OptimizerConfig, make_optimizer, optimizer_shardings
+from qwen3_jax.train.next_token import NextToken
 from qwen3_jax.train.step import TrainState, make_train_step
 from sharding import MeshConfig, make_mesh, named_shardings, partition_spec
 
@@ -97,7 +98,7 @@ def run(model: str, mesh_name: str, accumulation: int) -> dict[str, Any]:
     state_shardings = TrainState(shardings, optimizer_shardings(OPTIMIZER, host, shardings, replicated))
     rows = jax.NamedSharding(mesh, partition_spec(("batch", "length"), mesh))
     step_fn = jax.jit(
-        make_train_step(MODELS[model], OPTIMIZER, accumulation),
+        make_train_step(NextToken(MODELS[model], ROWS, LENGTH), OPTIMIZER, accumulation),
         out_shardings=(state_shardings, replicated),
     )
     out: dict[str, Any] = {}
