@@ -21,7 +21,7 @@ import hypothesis
 import program_cache
 
 program_cache.set_environment()
-program_cache.make_writes_atomic()
+program_cache.repair()
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None)
 hypothesis.settings.load_profile("repeatable")
 

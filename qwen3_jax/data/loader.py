@@ -93,12 +93,12 @@ class _Batches(grain.DatasetIterator[dict[str, np.ndarray]]):
 
     def __init__(self, config: DataConfig, lanes: Sequence[int]) -> None:
         super().__init__()
+        self._steps: grain.DatasetIterator[_Step] | None = None  # first: Grain calls `close` even if `__init__` fails
         self._config, self._streams = config, open_streams(config)
         self._order = order_of(config, self._streams)
         self._pad_id = load_tokenizer(config.tokenizer).pad_id
         self._workers = min(config.workers, len(lanes))
         self._state = {str(lane): Lane(config, self._streams, lane, self._pad_id).get_state() for lane in lanes}
-        self._steps: grain.DatasetIterator[_Step] | None = None
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._steps is None:

@@ -35,13 +35,21 @@ def set_environment() -> None:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
-def make_writes_atomic() -> None:
-    """A program appears in the cache complete or not at all.
+def repair() -> None:
+    """A program appears in the cache complete or not at all, and only if it can be read back.
 
     JAX writes in place. Several tests kill processes while they may be writing; half an entry would stay forever, and
-    every later process would warn of it and compile again.
+    every later process would warn of it and compile again. A program compiled for a TPU that is not there cannot be
+    read at all.
     """
+    from jax._src import compilation_cache
+    from jax._src.lib import _jax
     from jax._src.lru_cache import _CACHE_SUFFIX, LRUCache
+
+    is_used = compilation_cache.is_cache_used
+    compilation_cache.is_cache_used = lambda backend: (
+        not isinstance(backend, _jax.CompileOnlyPyClient) and is_used(backend)
+    )
 
     def put(self: LRUCache, key: str, value: bytes) -> None:
         entry = Path(str(self.path)) / f"{key}{_CACHE_SUFFIX}"
