@@ -21,7 +21,7 @@ import hypothesis
 import program_cache
 
 program_cache.set_environment()
-program_cache.make_writes_atomic()
+program_cache.repair()
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None)
 hypothesis.settings.load_profile("repeatable")
 
@@ -80,10 +80,6 @@ def quick_compile() -> Iterator[None]:
     yield
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "quick: among the tests of `make test-quick`")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
