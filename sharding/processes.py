@@ -110,7 +110,7 @@ def _watch(state: Any, peers: dict[socket.socket, int], ending: threading.Event)
                 with contextlib.suppress(OSError):
                     if connection.recv(1) == _GOODBYE:
                         continue
-                death = f"process {peers[connection]}: died without a word"
+                death = f"process {peers[connection]}: died without reporting an error"
                 with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is dead, or another was first
                     state.client.key_value_set(_DEATH, death)
                 _end(death)
