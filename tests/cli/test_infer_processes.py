@@ -118,7 +118,8 @@ def test_a_process_that_is_killed_ends_all_and_the_same_command_goes_on(
     processes[1].send_signal(signal.SIGKILL)
     (_, said), _ = (process.communicate() for process in processes)
     assert processes[0].returncode == 2
-    assert [line for line in said.splitlines() if "error:" in line] == ["error: process 1: died without reporting an error"]
+    errors = [line for line in said.splitlines() if "error:" in line]
+    assert errors == ["error: process 1: died without reporting an error"]
     assert "Traceback" not in said
     written = output.read_bytes().count(b"\n")
     assert 2 <= written < 6 * 8 + 1
