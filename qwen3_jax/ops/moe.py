@@ -40,8 +40,8 @@ class RouterStats:
     """Statistics of one router for each row of a batch. They are sums without padding, so that rows, devices and
     micro-batches add up exactly.
 
-    `counts` and `prob_sum` are [B, E], the others [B]. Those of a model have a leading dim of layers, and sums over rows
-    have no B.
+    `counts` and `prob_sum` are [B, E], the others [B]. Those of a model have a leading dim of layers, and sums over
+    rows have no B.
 
     counts: (token, expert) pairs routed to each expert, before any drop.
     prob_sum: softmax probabilities summed over tokens; the gradient of the balance loss flows through it.
