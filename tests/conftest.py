@@ -12,6 +12,7 @@ import pytest
 
 # Read when jax starts its backend, so before anything imports it.
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
 # What several test files import: the PyTorch reference, the rules in plain Python, a server that stands for gs://.
