@@ -27,5 +27,5 @@ def test_a_train_step_compiles(topology: str, monkeypatch: pytest.MonkeyPatch) -
     text = work.lower().compile().as_text()
     assert text is not None
     cost = read_cost(text, find_chip(topology))
-    assert 0 < work.flops / work.mesh.size < cost.matmul_flops + cost.kernel_flops
+    assert 0 < work.flops / work.mesh.size < cost.flops("matmul") + cost.flops("kernel")
     assert "all-gather" in {c.kind for c in cost.collectives}
