@@ -11,11 +11,11 @@ demo: $(VENV)/.run
 
 # Every test but the slow ones, parity with PyTorch included.
 test: $(VENV)/.parity
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Tests marked quick, at most 3 minutes with warm caches. Needs no PyTorch.
 test-quick: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -m quick
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m quick
 
 # Tests marked slow: recipes compiled for their slices. By hand, before a release.
 test-slow: $(VENV)/.test

@@ -24,11 +24,10 @@ from flax import linen as nn
 from qwen3_jax import hf
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.decode import Request, ThinkingTokens
-from qwen3_jax.decode.batch import resume, start
-from qwen3_jax.decode.budget import UNLIMITED
-from qwen3_jax.decode.loop import DecodeState
-from qwen3_jax.decode.network import network
-from qwen3_jax.decode.pack import pack, pack_markers, round_up
+from qwen3_jax.decode.opening import UNLIMITED
+from qwen3_jax.decode.pack import pack, pack_markers
+from qwen3_jax.decode.programs import network, resume, start
+from qwen3_jax.decode.schedule import round_up
 from qwen3_jax.model import Qwen3
 
 REENTRY = 32  # steps between leaving the loop and entering it again
@@ -85,9 +84,7 @@ class Ours:
         packed = pack(requests, [new + 1] * batch, config, tokens, prompt_slots=round_up(prompt))
         markers = jax.device_put(pack_markers(tokens, config.vocab_size))
         begin = time.perf_counter()
-        state: DecodeState = start(
-            self.params, packed, markers, np.int32(0), model=self.model, max_new=round_up(new + 1)
-        )
+        state, written = start(self.params, packed, markers, np.int32(0), model=self.model, columns=round_up(new + 1))
         jax.block_until_ready(state)
         prefilled = time.perf_counter()
         if self.variant == "bare":
@@ -95,8 +92,8 @@ class Ours:
             jax.block_until_ready(bare_loop(self.params, *last, state.cache, model=self.model, new=new))
         else:
             steps = np.int32(REENTRY if self.variant == "reentry" else UNLIMITED)
-            while jax.device_get(state.budget.active_B).any():
-                state = resume(self.params, state, packed.rows, markers, steps, model=self.model)
+            while jax.device_get(written.budget.active_B).any():
+                state, written = resume(self.params, state, packed.rows, markers, steps, model=self.model)
         return prefilled - begin, (time.perf_counter() - prefilled) / new
 
 
@@ -199,7 +196,7 @@ def main() -> None:
     config = ModelConfig.preset(args.shape)
     config = dataclasses.replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
     params = random_weights(config, args.dtype)
-    model = Qwen3(config)
+    model = Qwen3(config, dtype=jnp.dtype(args.dtype))
     contestants: dict[str, Measure] = {"ours": Ours(model, params)}
     if args.variants:
         contestants |= {"ours, no budgets": Ours(model, params, "bare")}

@@ -23,7 +23,8 @@ from qwen3_jax.data import DataConfig, make_loader
 from qwen3_jax.tasks.arithmetic import write_dataset
 from qwen3_jax.train import TrainConfig
 from qwen3_jax.train.guard import Guard, GuardedState
-from qwen3_jax.train.program import Program
+from qwen3_jax.train.pretrain import next_token
+from qwen3_jax.train.program import TrainProgram
 from qwen3_jax.train.step import TrainState
 from sharding import MeshConfig, make_mesh
 
@@ -48,7 +49,7 @@ def reading(data: DataConfig) -> Callable[[], float]:
 
 def training(config: TrainConfig, mesh: Mesh) -> Callable[[], float]:
     """Tokens per second of the next steps, all of them on one batch."""
-    program = Program(config, mesh)
+    program = TrainProgram(config, next_token(config), mesh)
     batch = jax.device_put(next(make_loader(config.data)))
     params = program.init(jax.random.key(0))
     state = GuardedState(TrainState(params, program.init_optimizer(params)), jax.device_put(Guard.create()))

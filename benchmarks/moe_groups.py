@@ -28,6 +28,7 @@ from qwen3_jax.data import DataConfig, SourceConfig, make_loader
 from qwen3_jax.model import Qwen3
 from qwen3_jax.ops.moe import expert_capacity, route
 from qwen3_jax.tasks.arithmetic import write_dataset
+from qwen3_jax.train.next_token import NextToken
 from qwen3_jax.train.step import TrainState, make_train_step
 from train import LENGTH, ROWS, SHAPES
 
@@ -47,10 +48,10 @@ def shipped_drops(batches: int = 8) -> Callable[[int, float], float]:
         data = [next(loader) for _ in range(batches)]
 
     def rate(group_size: int, factor: float) -> float:
-        model = Qwen3(config, capacity_factor=factor, group_size=group_size)
+        model = Qwen3(config, stacked=True, capacity_factor=factor, group_size=group_size)
         forward = jax.jit(lambda *batch: model.apply({"params": params}, *batch).router)
         stats = [forward(batch["tokens"], batch["positions"], batch["segment_ids"]) for batch in data]
-        return float(sum(s.dropped_B.sum() for s in stats) / sum(s.counts_BE.sum() for s in stats))
+        return float(sum(s.dropped.sum() for s in stats) / sum(s.counts.sum() for s in stats))
 
     return rate
 
@@ -103,12 +104,15 @@ def times(factor: float, turns: int) -> None:
         "positions": np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
         "loss_weights": np.ones((ROWS, LENGTH), np.float32),
     }
-    init = jax.jit(lambda key: nn.unbox(Qwen3(MINI).init(key, jnp.zeros((1, 8), jnp.int32)))["params"])
+    init = jax.jit(lambda key: nn.unbox(Qwen3(MINI, stacked=True).init(key, jnp.zeros((1, 8), jnp.int32)))["params"])
     params, optimizer = init(jax.random.key(0)), optax.adamw(1e-4)
     state = TrainState(params, optimizer.init(params))
     del params  # donated
-    models = {size: Qwen3(MINI, capacity_factor=factor, group_size=size) for size in GROUPS}
-    steps = {size: jax.jit(make_train_step(model, optimizer, 1), donate_argnums=0) for size, model in models.items()}
+    models = {size: Qwen3(MINI, stacked=True, capacity_factor=factor, group_size=size) for size in GROUPS}
+    steps = {
+        size: jax.jit(make_train_step(NextToken(model, ROWS, LENGTH), optimizer), donate_argnums=0)
+        for size, model in models.items()
+    }
     seconds: dict[int, list[float]] = {size: [] for size in GROUPS}
     for turn in range(turns + 1):
         for size, step in steps.items():

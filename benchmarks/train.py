@@ -28,6 +28,7 @@ from qwen3_jax.config import ModelConfig
 from qwen3_jax.model import Qwen3
 from qwen3_jax.optim import OptimizerConfig, make_optimizer
 from qwen3_jax.train.flops import peak_flops, train_flops_per_token
+from qwen3_jax.train.next_token import NextToken
 from qwen3_jax.train.step import TrainState, make_train_step
 
 ROWS, LENGTH = 4, 256
@@ -67,12 +68,12 @@ Measure = Callable[[], float]  # seconds of a step
 
 def ours(config: ModelConfig, compute: dict[str, Any]) -> Measure:
     """This project's step with random weights."""
-    model = Qwen3(config, **compute)
+    model = Qwen3(config, stacked=True, **compute)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-4, warmup_steps=0), steps=10**6)
     params = jax.jit(lambda key: nn.unbox(model.init(key, jnp.zeros((1, 8), jnp.int32)))["params"])(jax.random.key(0))
     state = TrainState(params, jax.jit(optimizer.init)(params))
     del params
-    step = jax.jit(make_train_step(model, optimizer, 1), donate_argnums=0)
+    step = jax.jit(make_train_step(NextToken(model, ROWS, LENGTH), optimizer), donate_argnums=0)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
     batch = {
         "tokens": tokens[:, :-1],

@@ -67,7 +67,7 @@ class RopeScaling:
         # transformers derives a missing factor or length from other keys, differently in each version: never guess.
         missing = {key for key in ("factor", "original_max_position_embeddings") if raw.get(key) is None}
         if missing:
-            raise ValueError(f"{where}: {', '.join(sorted(missing))} missing; YaRN needs explicit values")
+            raise ValueError(f"{where}: YaRN needs {', '.join(sorted(missing))}; no default is used")
         given = {key: raw[key] for key in optional if raw.get(key) is not None}
         return cls(float(raw["factor"]), int(raw["original_max_position_embeddings"]), **given)
 

@@ -1,14 +1,13 @@
-"""AdamW and Muon, their schedules, an average of the weights, and what of it all is sharded how."""
+"""AdamW and Muon, their schedules, and how their state is sharded."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
@@ -46,12 +45,10 @@ class OptimizerConfig:
     schedule: what follows the warm-up. "cosine" falls over all further steps; "wsd" stays, then falls in a line over
       the last `decay_steps`, the cooldown of Hägele et al. 2024. (MiniCPM, which named the schedule, falls
       exponentially, by halves; 10% of the steps are enough for either.)
-    initial_ratio: the rate at the end of the warm-up; below 1 where a stage goes on from where another's schedule
-      ended.
+    initial_ratio: the rate at the end of the warm-up; below 1 where a stage continues another's schedule.
     final_ratio: the last rate; `initial_ratio` itself keeps the rate constant.
     b1, b2, eps: of AdamW. weight_decay: per step, times the rate; norm scales are not decayed, embeddings are.
     clip_norm: the gradient's norm over all weights is cut to this.
-    ema_decay: keeps, beside the weights, their average over about the last 1 / (1 - ema_decay) steps; None keeps none.
     """
 
     learning_rate: float
@@ -66,7 +63,6 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
         if self.schedule == "wsd" and self.decay_steps < 1:
@@ -77,8 +73,6 @@ class OptimizerConfig:
             raise ValueError(f"initial_ratio: {self.initial_ratio}; a number above 0 and up to 1 fits")
         if not 0 <= self.final_ratio <= self.initial_ratio:
             raise ValueError(f"final_ratio: {self.final_ratio}; from 0 to initial_ratio ({self.initial_ratio}) fits")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay: {self.ema_decay}; a number between 0 and 1 fits")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -112,7 +106,7 @@ def step_law(weights: float, tokens: float) -> tuple[float, float]:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping, a direction by AdamW or Muon, weight decay, the schedule's rate, and the average if there is one."""
+    """Clipping, a direction by AdamW or Muon, weight decay, and the schedule's rate."""
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     if config.name == "adamw":
         direction = adam
@@ -123,50 +117,28 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         )
         labels = _by_name(lambda name: "muon" if name in _MATRICES else "adam")
         direction = optax.partition({"muon": muon, "adam": adam}, labels)
-    parts = [
+    return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         direction,
         optax.add_decayed_weights(config.weight_decay, mask=_by_name(lambda name: "norm" not in name)),
         optax.scale_by_learning_rate(make_schedule(config, steps)),
-    ]
-    if config.ema_decay is not None:
-        parts.append(_average(config.ema_decay))
-    return optax.chain(*parts)
-
-
-class EmaState(NamedTuple):
-    """The weights' moving average, shaped as they are."""
-
-    average: Any
-
-
-def ema_params(optimizer_state: Any) -> Any:
-    """The averaged weights in the state of an optimiser with `ema_decay`.
-
-    Raises:
-      ValueError: where the optimiser keeps no average.
-    """
-    nodes = jax.tree.leaves(optimizer_state, is_leaf=lambda node: isinstance(node, EmaState))
-    for node in nodes:
-        if isinstance(node, EmaState):
-            return node.average
-    raise ValueError("ema_decay: None, the optimiser keeps no average of the weights; a number between 0 and 1 fits")
+    )
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any, scalar: Any) -> Any:
-    """Shardings of the optimiser's state: what is shaped as a weight lies as it does, its copies split; all else as
-    `scalar`.
+    """Shardings of the optimiser's state: moments are sharded as their weights, and over `data` too where weights are
+    replicated (ZeRO-1); all else as `scalar`.
 
     Args:
-      params: the weights, abstract ones do. shardings: theirs.
+      params: the weights, or their shapes. shardings: theirs.
     """
 
-    def lie(leaf: Any, sharding: Any) -> Any:
+    def split(leaf: Any, sharding: Any) -> Any:
         return leaf if isinstance(leaf, optax.MaskedNode) else split_over_replicas(sharding, leaf.shape)
 
     return optax.tree_map_params(
         optimizer,
-        lie,
+        split,
         jax.eval_shape(optimizer.init, params),
         shardings,
         transform_non_params=lambda _: scalar,
@@ -191,17 +163,3 @@ def _match_adam(updates: Any, params: Any) -> Any:
         return update * (_MUON_RMS * math.sqrt(max(sizes)))
 
     return jax.tree_util.tree_map_with_path(scale, updates)
-
-
-def _average(decay: float) -> optax.GradientTransformation:
-    """Leaves the updates as they are; last in a chain, it averages the weights that they lead to."""
-
-    def init(params: Any) -> EmaState:
-        # Copied: a train step donates weights and average, which must not be one buffer.
-        return EmaState(jax.tree.map(jnp.copy, params))
-
-    def update(updates: Any, state: EmaState, params: Any = None) -> tuple[Any, EmaState]:
-        new = optax.apply_updates(params, updates)
-        return updates, EmaState(optax.incremental_update(new, state.average, 1 - decay))
-
-    return optax.GradientTransformation(init, update)

@@ -38,7 +38,7 @@ def test_published_sizes(name: str) -> None:
     config = ModelConfig.preset(name)
     weights, cache_bytes = PUBLISHED[name]
     assert config.num_params == weights
-    shapes = jax.eval_shape(Qwen3(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    shapes = jax.eval_shape(Qwen3(config, stacked=True).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == weights
     assert 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim == cache_bytes
     assert config.vocab_size == 151_936

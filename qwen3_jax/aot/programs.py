@@ -24,7 +24,8 @@ from qwen3_jax.decode.programs import StepShapes, lower_prefill, lower_step, ste
 from qwen3_jax.decode.schedule import STEPS, max_prefill_rows
 from qwen3_jax.train.config import TrainConfig
 from qwen3_jax.train.flops import train_flops_per_token
-from qwen3_jax.train.program import Program
+from qwen3_jax.train.pretrain import next_token
+from qwen3_jax.train.program import TrainProgram
 from sharding import MeshConfig, make_mesh, num_parts
 
 
@@ -82,8 +83,10 @@ def use_compiler() -> None:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("libtpu: not installed; `pip install 'jax[tpu]'` on Linux x86-64")
-    # There is no TPU metadata server to query, and several processes may compile at once.
+    # There is no TPU metadata server to query, several processes may compile at once, and JAX's cache cannot read
+    # such programs back.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost")
+    jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_platforms", "cpu")
 
 
@@ -121,7 +124,7 @@ def train_step(config: TrainConfig) -> Work:
       ValueError: as `topology_mesh`, or sizes that do not divide by the mesh.
     """
     mesh, data = topology_mesh(config.mesh), config.data
-    program = Program(config, mesh)
+    program = TrainProgram(config, next_token(config), mesh)
     state = program.state.train
     micro = data.batch_size // config.accumulation
     tokens = data.batch_size * data.sequence_length

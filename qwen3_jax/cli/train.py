@@ -10,13 +10,13 @@ from rich.console import Console
 
 from qwen3_jax.cli.config_file import load_config, load_stages
 from qwen3_jax.cli.errors import exits_cleanly
-from qwen3_jax.train import StopSignal, TrainConfig, link_stages, run_plan, train
+from qwen3_jax.train import StopSignal, TrainConfig, link_stages, pretrain, run_plan
 from sharding import start_processes
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains as a YAML file says, in one run or in the stages of a plan; goes on where an earlier run of the same
+    """Trains as a YAML file says, in one run or in the stages of a plan; resumes where an earlier run of the same
     output_dir stopped. `--section.key value` changes a key of the file, `--stage.section.key value` one of a stage."""
     parser = argparse.ArgumentParser(usage="train.py CONFIG [--section.key value ...]", description=main.__doc__)
     parser.add_argument("config", help="a YAML file of configs/, read into qwen3_jax.train.TrainConfig")
@@ -27,6 +27,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(quiet=jax.process_index() > 0)
     with StopSignal(lambda text: console.print(text, soft_wrap=True)) as stop:
         if config is None:
-            run_plan(link_stages(stages), stop, console)
+            run_plan(link_stages(stages), pretrain, stop, console)
         else:
-            train(config, stop, console)
+            pretrain(config, stop, console)

@@ -88,14 +88,18 @@ class _Cursor:
 
 
 class Lane:
-    """One row of every batch, with an exact state after each row."""
+    """One row of every batch, with an exact state after each row.
 
-    def __init__(self, config: DataConfig, streams: Sequence[Stream], lane: int, pad_id: int) -> None:
-        self._length, self._pad_id = config.sequence_length, pad_id
+    order: that of `order_of`, which is part of the state.
+    """
+
+    def __init__(
+        self, config: DataConfig, streams: Sequence[Stream], lane: int, pad_id: int, order: dict[str, Any]
+    ) -> None:
+        self._length, self._pad_id, self._order = config.sequence_length, pad_id, order
         self._cursors = [_Cursor(stream, lane, config.batch_size) for stream in streams]
         self._open: OpenRows[_Segment] = OpenRows(self._length)
         self._consumed = {stream.source.name: LabelCounts() for stream in streams}
-        self._order = order_of(config, streams)
 
     def next_row(self) -> dict[str, np.ndarray]:
         """The next row: the arrays [T] of `qwen3_jax.data.packing.to_arrays`.

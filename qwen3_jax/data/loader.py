@@ -64,9 +64,11 @@ class _Lanes(grain.IterDataset[_Step]):
 
     def __iter__(self) -> grain.DatasetIterator[_Step]:
         pad_id = load_tokenizer(self._config.tokenizer).pad_id
-        lanes = {name: Lane(self._config, self._streams, int(name), pad_id) for name in self._parent}
-        for name, lane in lanes.items():
-            lane.set_state(self._states[name])
+        lanes = {}
+        for name in self._parent:
+            state = self._states[name]
+            lanes[name] = Lane(self._config, self._streams, int(name), pad_id, state["order"])
+            lanes[name].set_state(state)
         return _Steps(lanes)
 
 
@@ -93,12 +95,13 @@ class _Batches(grain.DatasetIterator[dict[str, np.ndarray]]):
 
     def __init__(self, config: DataConfig, lanes: Sequence[int]) -> None:
         super().__init__()
+        self._steps: grain.DatasetIterator[_Step] | None = None  # first: Grain calls `close` even if `__init__` fails
         self._config, self._streams = config, open_streams(config)
         self._order = order_of(config, self._streams)
         self._pad_id = load_tokenizer(config.tokenizer).pad_id
         self._workers = min(config.workers, len(lanes))
-        self._state = {str(lane): Lane(config, self._streams, lane, self._pad_id).get_state() for lane in lanes}
-        self._steps: grain.DatasetIterator[_Step] | None = None
+        new = (Lane(config, self._streams, lane, self._pad_id, self._order) for lane in lanes)
+        self._state = {str(number): lane.get_state() for number, lane in zip(lanes, new, strict=True)}
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._steps is None:

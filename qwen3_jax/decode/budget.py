@@ -23,6 +23,28 @@ The rules, one row at a time. N counts the tokens sampled strictly between `<thi
 
 A non-thinking row (budget 0, or a mode flag) starts in STOP with the empty block as its forced text.
 
+What `advance` does with one row, by its phase and what it sampled. The first line that fits decides:
+
+| phase         | sampled, or state            | next phase | writes, and how the thought ended              |
+|---------------|------------------------------|------------|------------------------------------------------|
+| START         | `<think>`                    | THINK      | the token                                      |
+| START         | end of sequence              | DONE       | the token; "none"                              |
+| START         | any other                    | ANSWER     | the token; "none"                              |
+| THINK         | `</think>`                   | ANSWER     | the token; "natural"                           |
+| THINK         | budget or room is spent      | STOP       | the first forced token; "budget"               |
+| THINK         | p(`</think>`) >= ready       | STOP       | the forced `</think>`; "auto"                  |
+| THINK         | end of sequence, `eos_stops` | DONE       | the token; "eos"                               |
+| THINK         | end of sequence              | STOP       | the first forced token; "eos"                  |
+| THINK         | `<tool_call>`                | THINK      | the token; a tool call begins                  |
+| THINK         | any other                    | THINK      | the token; N + 1                               |
+| THINK, a tool | end of sequence              | DONE       | the token; "eos"                               |
+| THINK, a tool | any other                    | THINK      | the token; the call ends with `</tool_call>`   |
+| STOP          | any                          | STOP       | the next forced token; ANSWER after the last   |
+| ANSWER        | end of sequence              | DONE       | the token                                      |
+| ANSWER        | any other                    | ANSWER     | the token                                      |
+
+Whatever the line, a row whose last token was written is DONE; if it would still be in THINK, its end is "length".
+
 There are no beams (every sample is a row with counters of its own), no draft tokens that could run past a boundary,
 and no grammar that would have to wait for the thought's end.
 
@@ -127,13 +149,13 @@ class BudgetState:
 
 def allowed_tokens(state: BudgetState, limits: Limits, markers: Markers, vocab_size: int) -> jax.Array:
     """[B, V] bool, what each row may sample next."""
-    ids_V = jnp.arange(vocab_size)
+    ids_1V = jnp.arange(vocab_size)[None]
     answering_B = state.phase_B == ANSWER
     keep_B = ~limits.empty_ok_B & (answering_B | (state.phase_B == START)) & (state.answer_B == 0)
     return (
-        (ids_V < markers.num_tokens)
-        & ~(answering_B[:, None] & (ids_V == markers.think))
-        & ~(keep_B[:, None] & markers.eos_V)
+        (ids_1V < markers.num_tokens)
+        & ~(answering_B[:, None] & (ids_1V == markers.think))
+        & ~(keep_B[:, None] & markers.eos_V[None])
     )
 
 

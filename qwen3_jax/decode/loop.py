@@ -117,8 +117,8 @@ def write_token(state: DecodeState, logits_BV: jax.Array, rows: Rows, markers: M
     # Forcing comes after everything that shapes the distribution, so log-probabilities are taken before all of it.
     total_B = jax.nn.logsumexp(logits_BV, axis=-1)
     # A sum, not an index: an index over logits that are sharded along V would all-gather them.
-    is_end_V = jnp.arange(logits_BV.shape[-1]) == markers.end_think
-    end_prob_B = jnp.exp(jnp.where(is_end_V, logits_BV, 0).sum(axis=-1) - total_B)
+    is_end_1V = jnp.arange(logits_BV.shape[-1])[None] == markers.end_think
+    end_prob_B = jnp.exp(jnp.where(is_end_1V, logits_BV, 0).sum(axis=-1) - total_B)
     new_budget, token_B, forced_B = advance(budget, sampled_B, state.last_B, end_prob_B, rows.limits, markers)
     logprob_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0] - total_B
 

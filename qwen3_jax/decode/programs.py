@@ -50,14 +50,18 @@ class Written(NamedTuple):
     forced_BM: Any
 
 
-def network(model: Qwen3, params: Any) -> Forward:
-    """The network as the loop calls it: only each row's last token is turned into logits."""
+def network(model: Qwen3, params: Any, *, prefill: bool = False) -> Forward:
+    """The network as the loop calls it: only each row's last token is turned into logits.
+
+    Args:
+      prefill: the cache is empty, and the tokens attend among themselves.
+    """
 
     def forward(
         tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
         weights, tokens_BT = jax.lax.platform_dependent((params, tokens_BT), cpu=cpu.keep_in_loop, default=lambda x: x)
-        out: Any = model.apply({"params": weights}, tokens_BT, positions_BT, segment_ids_BT, cache)
+        out: Any = model.apply({"params": weights}, tokens_BT, positions_BT, segment_ids_BT, cache, prefill=prefill)
         last_B = last_place(segment_ids_BT)[:, None, None]
         hidden_B1D = jnp.take_along_axis(out.hidden, last_B, axis=1)
         logits_BV = unembed(hidden_B1D, head_weight(model.config, weights))[:, 0]
@@ -191,7 +195,7 @@ def end(budget: BudgetState, ended_B: jax.Array) -> BudgetState:
 def _prefill(params: Any, prompt_PT: jax.Array, there_PT: jax.Array, model: Qwen3) -> Prompts:
     batch, slots = prompt_PT.shape
     cache = KVCache.create(model.config, batch, slots, cpu.cache_dtype(model.dtype))
-    return read_prompts(network(model, params), prompt_PT, there_PT, cache)
+    return read_prompts(network(model, params, prefill=True), prompt_PT, there_PT, cache)
 
 
 def _decode(

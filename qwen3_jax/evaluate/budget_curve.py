@@ -77,15 +77,11 @@ def plot_budget_curve(points: Sequence[Point], path: Path, title: str) -> None:
     with png(path) as axes:
         axes.plot(budgets, [point.accuracy for point in points], "o-", color="tab:blue", label="accuracy")
         for budget, point in zip(budgets, points, strict=True):
-            offset: Any = (0, -15)
-            axes.annotate(
-                f"{point.accuracy:.2f}", (budget, point.accuracy), offset, textcoords="offset points", ha="center"
-            )
+            at, offset = (budget, point.accuracy), (0, -15)
+            axes.annotate(f"{point.accuracy:.2f}", at, offset, textcoords="offset points", ha="center")
         axes.set(xlabel="thinking budget B (tokens)", ylabel="accuracy", title=title, ylim=(0, 1.08), xticks=budgets)
-        tokens = axes.twinx()
-        tokens.plot(
-            budgets, [point.thinking_tokens for point in points], "s--", color="tab:gray", label="thinking tokens"
-        )
+        tokens, counts = axes.twinx(), [point.thinking_tokens for point in points]
+        tokens.plot(budgets, counts, "s--", color="tab:gray", label="thinking tokens")
         tokens.set(ylabel="mean thinking tokens", ylim=(0, None))
         lines = [*axes.get_lines(), *tokens.get_lines()]
         axes.legend(lines, [str(line.get_label()) for line in lines], loc="lower right")
@@ -102,13 +98,7 @@ def plot_cost(fixed: Sequence[Point], automatic: Sequence[Point], path: Path, ti
             costs = [point.thinking_tokens for point in points]
             (line,) = axes.plot(costs, [point.accuracy for point in points], style, label=label)
             for point in points:
-                axes.annotate(
-                    point.label,
-                    (point.thinking_tokens, point.accuracy),
-                    offset,
-                    textcoords="offset points",
-                    ha=side,
-                    color=line.get_color(),
-                )
+                at, color = (point.thinking_tokens, point.accuracy), line.get_color()
+                axes.annotate(point.label, at, offset, textcoords="offset points", ha=side, color=color)
         axes.set(xlabel="mean thinking tokens", ylabel="accuracy", title=title, ylim=(0, 1.08))
         axes.legend(loc="lower right")

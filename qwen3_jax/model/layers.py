@@ -53,7 +53,7 @@ class Context:
 
     cos_BTR, sin_BTR: rotary tables. segment_ids_BT: 0 at padding.
     slot: first cache slot to write, None without a cache. mask_BTS: where in the cache each query may look; None where
-      the tokens are whole sequences.
+      the tokens attend among themselves.
     write_late: with a mask, layers return new keys and values instead of a cache with them in it.
     """
 

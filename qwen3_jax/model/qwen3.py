@@ -50,7 +50,8 @@ class Qwen3(nn.Module):
     capacity_factor: places per expert as a multiple of the mean load, the rest is dropped; None drops nothing.
     group_size: tokens that share an expert's places; dispatch costs grow with it, drops shrink.
     expert_dispatch: "einsum" as those two say; "ragged" drops nothing and needs neither, see `moe_ragged`.
-    stacked: which layout `init` makes, see `layout`; `apply` takes either, but a cache needs per-layer weights.
+    stacked: the layout of the weights, see `layout`: one array for a run of equal layers, which training scans over; or
+      one for each layer, as `hf.load_checkpoint` reads them and as a cache needs them.
     remat: recompute each layer in the backward pass instead of keeping its activations, all but those in `keep`:
       "qkv" (before norm and rotation), "attention" (the kernel's result and the projection of it), "mlp" (gate and up)
       and, of experts, "dispatch" (tokens at their places).
@@ -61,7 +62,7 @@ class Qwen3(nn.Module):
     capacity_factor: float | None = None
     group_size: int = 256
     expert_dispatch: ExpertDispatch = "einsum"
-    stacked: bool = True
+    stacked: bool = False
     remat: bool = False
     keep: tuple[Activation, ...] = ()
 
@@ -72,6 +73,8 @@ class Qwen3(nn.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
+        *,
+        prefill: bool = False,
     ) -> Output:
         """Logits of the next token at every place.
 
@@ -81,8 +84,17 @@ class Qwen3(nn.Module):
           segment_ids: [B, T], tokens attend within their segment only; 0 is padding, ignored by attention, experts
             and statistics. None is one segment per row.
           cache: keys and values of what came before; a row is then one sequence, and its `positions` must be given.
+          prefill: nothing came before: the tokens attend among themselves, and the cache only takes their keys and
+            values.
+
+        Raises:
+          ValueError: naming the argument that does not go with the others.
         """
         cfg = self.config
+        if not self.is_initializing() and is_stacked(cfg, self.variables["params"]) != self.stacked:
+            raise ValueError(
+                f"stacked: {self.stacked}, but the weights are in the other layout; {not self.stacked} fits"
+            )
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens_BT)
         if positions is None:
@@ -93,6 +105,8 @@ class Qwen3(nn.Module):
             tokens_BT, positions, segment_ids = (to_zigzag(x) for x in (tokens_BT, positions, segment_ids))
         elif num_parts("length") > 1:
             raise ValueError(f"mesh.context: {num_parts('length')}; with a cache, 1 fits")
+        elif self.stacked:
+            raise ValueError("stacked: True; with a cache, False and weights of `unstack_layers` fit")
 
         embed_VD = declare(self, "embed_tokens", (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), self._normal())
         x_BTD = lookup(embed_VD, tokens_BT).astype(self.dtype or embed_VD.dtype)
@@ -105,8 +119,7 @@ class Qwen3(nn.Module):
             stored_BT = jnp.where(segment_ids > 0, positions, EMPTY)
             positions_BS = jax.lax.dynamic_update_slice(cache.positions_BS, stored_BT, (0, cache.next_slot))
             context = Context(cos_BTR, sin_BTR, segment_ids, cache.next_slot)
-            # As many tokens as slots are all there is: whole sequences.
-            if tokens_BT.shape[1] < positions_BS.shape[1]:
+            if not prefill:
                 mask_BTS = positions_BS[:, None, :] <= positions[:, :, None]
                 context = dataclasses.replace(context, mask_BTS=mask_BTS, write_late=cpu.platform() != "cpu")
             x_BTD, router, keys, values = self._cached_layers(x_BTD, context, cache)
@@ -134,13 +147,11 @@ class Qwen3(nn.Module):
 
     def _layers(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, RouterStats | None]:
         # prevent_cse is needed outside a scan only, and costs fusions inside one.
-        params = self.variables.get("params", {})
-        stacked = self.stacked if self.is_initializing() else is_stacked(self.config, params)
         policy = jax.checkpoint_policies.save_only_these_names(*self.keep)
-        body = nn.remat(Layer, prevent_cse=not stacked, policy=policy) if self.remat else Layer
+        body = nn.remat(Layer, prevent_cse=not self.stacked, policy=policy) if self.remat else Layer
         stats: list[RouterStats] = []
         for start, stop in self.config.layer_runs:
-            if stacked:
+            if self.stacked:
                 scanned = nn.scan(
                     body,
                     variable_axes={"params": 0},
@@ -160,8 +171,6 @@ class Qwen3(nn.Module):
     def _cached_layers(
         self, x_BTD: jax.Array, context: Context, cache: KVCache
     ) -> tuple[jax.Array, RouterStats | None, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        if self.is_initializing() or is_stacked(self.config, self.variables.get("params", {})):
-            raise ValueError("params: stacked layers do not go with a cache; `unstack_layers(config, params)` fits")
         keys, values, stats = [], [], []
         for i in range(self.config.num_hidden_layers):
             layer = self._layer(Layer, i, layer_name(i))

@@ -154,8 +154,8 @@ def attention_before_write(
       mask_BTS: the slots each token may attend to once the new tokens are in slots `slot` .. `slot + T - 1`.
     """
     length, (k_BKHS, v_BKSH) = q_BTNH.shape[1], cached
-    slots_S = jnp.arange(mask_BTS.shape[-1])
-    old_BTS = mask_BTS & ((slots_S < slot) | (slots_S >= slot + length))
+    slots_11S = jnp.arange(mask_BTS.shape[-1])[None, None]
+    old_BTS = mask_BTS & ((slots_11S < slot) | (slots_11S >= slot + length))
     new_BTT = jax.lax.dynamic_slice_in_dim(mask_BTS, slot, length, 2)
     q_BKGTH = _grouped(q_BTNH, k_BTKH.shape[2])
     dtype = q_BTNH.dtype

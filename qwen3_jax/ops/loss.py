@@ -103,84 +103,75 @@ def _on_mesh(
     tokens = partition_spec(("batch", "length"), mesh, targets_BT.shape)
     token_axes = spec_axes(tokens)
     # A token's logits must be on devices that hold the same tokens, and the parts of a gathered head on devices that
-    # hold others: the sums in `_local` then have each token and each part of the head once, whatever the axis rules.
+    # hold others: the sums below then have each token and each part of the head once, whatever the axis rules.
     head_axes = partition_spec(("vocab", "embed"), mesh, head_VD.shape)
     vocab = tuple(axis for axis in spec_axes(head_axes[:1]) if axis not in token_axes)
     embed = tuple(axis for axis in spec_axes(head_axes[1:]) if axis in token_axes)
-    local = functools.partial(_local, vocab=vocab, embed=embed, token_axes=token_axes)
+
+    def local(
+        hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, cotangents: _Cotangents | None
+    ) -> tuple[TokenScores, Any]:
+        """For the tokens and the part of the head of one device. Collectives over no axis do nothing."""
+        weight_VD = jax.lax.all_gather(head_VD.astype(hidden_BTD.dtype), embed, axis=1, tiled=True)
+        rows, length = targets_BT.shape
+        chunks = _num_chunks(rows * length, len(weight_VD))
+        tokens = jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[2:]), (hidden_BTD, targets_BT, cotangents))
+        of_head_VD = jnp.zeros(weight_VD.shape if cotangents else (), jnp.float32)  # chunks add up in float32
+        of_head_VD, results = jax.lax.scan(functools.partial(_chunk, weight_VD, vocab), of_head_VD, tokens)
+        scores, of_hidden_BTD = jax.tree.map(lambda x: x.reshape(rows, length, *x.shape[2:]), results)
+        if cotangents is None:
+            return scores, None
+        # The gradient of a token is a sum over the vocabulary, whose parts are on several devices: an all-reduce. That
+        # of the head is a sum over all tokens: a reduce-scatter (the all-gather's transpose), then an all-reduce.
+        of_hidden_BTD = jax.lax.psum(of_hidden_BTD, vocab)
+        of_head_VD = of_head_VD.astype(hidden_BTD.dtype)
+        of_head_VD = jax.lax.psum_scatter(of_head_VD, embed, scatter_dimension=1, tiled=True)
+        of_head_VD = jax.lax.psum(of_head_VD, tuple(axis for axis in token_axes if axis not in embed))
+        return scores, (of_hidden_BTD, of_head_VD.astype(head_VD.dtype))
+
     if mesh.empty:
         return local(hidden_BTD, head_VD, targets_BT, cotangents)
     hidden, head = jax.sharding.PartitionSpec(*tokens, None), jax.sharding.PartitionSpec(vocab, embed)
-    split = jax.shard_map(
-        local,
-        in_specs=(hidden, head, tokens, tokens),
-        out_specs=(tokens, None if cotangents is None else (hidden, head)),
-        check_vma=False,
-    )
+    out_specs = (tokens, None if cotangents is None else (hidden, head))
+    split = jax.shard_map(local, in_specs=(hidden, head, tokens, tokens), out_specs=out_specs, check_vma=False)
     return split(hidden_BTD, head_VD, targets_BT, cotangents)
 
 
-def _local(
-    hidden_BTD: jax.Array,
-    head_VD: jax.Array,
-    targets_BT: jax.Array,
-    cotangents: _Cotangents | None,
-    *,
-    vocab: tuple[str, ...],
-    embed: tuple[str, ...],
-    token_axes: tuple[str, ...],
-) -> tuple[TokenScores, Any]:
-    """`_on_mesh` for the tokens and the part of the head of one device. Collectives over no axis do nothing."""
-    dtype = hidden_BTD.dtype
-    weight_VD = jax.lax.all_gather(head_VD.astype(dtype), embed, axis=1, tiled=True)
+def _chunk(
+    weight_VD: jax.Array, vocab: tuple[str, ...], of_head_VD: jax.Array, tokens: Any
+) -> tuple[jax.Array, tuple[TokenScores, jax.Array | None]]:
+    """The scores of some tokens and, given cotangents, their gradients; that of the head is added to `of_head_VD`."""
+    x_ND, target_N, cotangents = tokens
     ids_V = jax.lax.axis_index(vocab) * len(weight_VD) + jnp.arange(len(weight_VD))
-
-    def chunk(of_head_VD: jax.Array, tokens: Any) -> tuple[jax.Array, tuple[TokenScores, jax.Array | None]]:
-        x_ND, target_N, cotangents = tokens
-        logits_NV = jnp.einsum("ND,VD->NV", x_ND, weight_VD, preferred_element_type=jnp.float32)
-        is_target_NV = target_N[:, None] == ids_V[None]
-        peak_N = jax.lax.pmax(logits_NV.max(axis=1), vocab)
-        shifted_NV = logits_NV - peak_N[:, None]
-        exp_NV = jnp.exp(shifted_NV)
-        sums = exp_NV.sum(axis=1), (exp_NV * shifted_NV).sum(axis=1), jnp.where(is_target_NV, logits_NV, 0).sum(axis=1)
-        # From here on softmax is over the whole vocabulary: this is the all-reduce over the parts of the head.
-        total_N, shifted_N, target_logit_N = jax.lax.psum(sums, vocab)
-        log_total_N = jnp.log(total_N)
-        entropy_N = log_total_N - shifted_N / total_N
-        is_best_N = (target_logit_N >= peak_N).astype(jnp.float32)
-        scores = TokenScores(target_logit_N - (log_total_N + peak_N), entropy_N, is_best_N)
-        if cotangents is None:
-            return of_head_VD, (scores, None)
-        of_logprob_N, of_entropy_N = cotangents
-        probs_NV = exp_NV / total_N[:, None]
-        of_logits_NV = (is_target_NV - probs_NV) * of_logprob_N[:, None]
-        if of_entropy_N is not None:  # dH/dlogit = -p (log p + H)
-            log_probs_NV = shifted_NV - log_total_N[:, None]
-            of_logits_NV -= probs_NV * (log_probs_NV + entropy_N[:, None]) * of_entropy_N[:, None]
-        of_logits_NV = cpu.write_once(of_logits_NV.astype(dtype))
-        of_head_VD += jnp.einsum("NV,ND->VD", of_logits_NV, x_ND, preferred_element_type=jnp.float32)
-        return of_head_VD, (scores, of_logits_NV @ weight_VD)
-
-    rows, length = targets_BT.shape
-    chunks = _num_chunks(rows * length, len(weight_VD))
-    tokens = jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[2:]), (hidden_BTD, targets_BT, cotangents))
-    of_head_VD = jnp.zeros(weight_VD.shape if cotangents else (), jnp.float32)  # chunks add up in float32
-    of_head_VD, results = jax.lax.scan(chunk, of_head_VD, tokens)
-    scores, of_hidden_BTD = jax.tree.map(lambda x: x.reshape(rows, length, *x.shape[2:]), results)
+    logits_NV = jnp.einsum("ND,VD->NV", x_ND, weight_VD, preferred_element_type=jnp.float32)
+    is_target_NV = target_N[:, None] == ids_V[None]
+    peak_N = jax.lax.pmax(logits_NV.max(axis=1), vocab)
+    shifted_NV = logits_NV - peak_N[:, None]
+    exp_NV = jnp.exp(shifted_NV)
+    sums = exp_NV.sum(axis=1), (exp_NV * shifted_NV).sum(axis=1), jnp.where(is_target_NV, logits_NV, 0).sum(axis=1)
+    # From here on softmax is over the whole vocabulary: this is the all-reduce over the parts of the head.
+    total_N, shifted_N, target_logit_N = jax.lax.psum(sums, vocab)
+    log_total_N = jnp.log(total_N)
+    entropy_N = log_total_N - shifted_N / total_N
+    is_best_N = (target_logit_N >= peak_N).astype(jnp.float32)
+    scores = TokenScores(target_logit_N - (log_total_N + peak_N), entropy_N, is_best_N)
     if cotangents is None:
-        return scores, None
-    # The gradient of a token is a sum over the vocabulary, whose parts are on several devices: an all-reduce. That of
-    # the head is a sum over all tokens: a reduce-scatter (the transpose of the all-gather), an all-reduce for the rest.
-    of_hidden_BTD = jax.lax.psum(of_hidden_BTD, vocab)
-    of_head_VD = jax.lax.psum_scatter(of_head_VD.astype(dtype), embed, scatter_dimension=1, tiled=True)
-    of_head_VD = jax.lax.psum(of_head_VD, tuple(axis for axis in token_axes if axis not in embed))
-    return scores, (of_hidden_BTD, of_head_VD.astype(head_VD.dtype))
+        return of_head_VD, (scores, None)
+    of_logprob_N, of_entropy_N = cotangents
+    probs_NV = exp_NV / total_N[:, None]
+    of_logits_NV = (is_target_NV - probs_NV) * of_logprob_N[:, None]
+    if of_entropy_N is not None:  # dH/dlogit = -p (log p + H)
+        log_probs_NV = shifted_NV - log_total_N[:, None]
+        of_logits_NV -= probs_NV * (log_probs_NV + entropy_N[:, None]) * of_entropy_N[:, None]
+    of_logits_NV = cpu.write_once(of_logits_NV.astype(x_ND.dtype))
+    of_head_VD += jnp.einsum("NV,ND->VD", of_logits_NV, x_ND, preferred_element_type=jnp.float32)
+    return of_head_VD, (scores, of_logits_NV @ weight_VD)
 
 
 def _num_chunks(tokens: int, vocab: int) -> int:
-    """The fewest that divide the tokens into chunks of at most `_CHUNK_BYTES` of logits."""
-    least = -(-tokens * vocab * 4 // _CHUNK_BYTES)
-    return next(n for n in range(least, tokens + 1) if tokens % n == 0)
+    """The smallest number of equal chunks of at most `_CHUNK_BYTES` of logits."""
+    smallest = -(-tokens * vocab * 4 // _CHUNK_BYTES)
+    return next(n for n in range(smallest, tokens + 1) if tokens % n == 0)
 
 
 def load_balance_loss(counts_XE: jax.Array, prob_sum_XE: jax.Array, tokens_X: jax.Array) -> jax.Array:

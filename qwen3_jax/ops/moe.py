@@ -40,20 +40,23 @@ class RouterStats:
     """Statistics of one router for each row of a batch. They are sums without padding, so that rows, devices and
     micro-batches add up exactly.
 
-    counts_BE: (token, expert) pairs routed to each expert, before any drop.
-    prob_sum_BE: softmax probabilities summed over tokens; the gradient of the balance loss flows through it.
-    z_sum_B: squared logsumexp of the logits summed over tokens; the gradient of the z-loss flows through it.
-    entropy_sum_B: entropy of the softmax in nats, summed over tokens.
-    dropped_B: pairs that were dropped, their expert's slots being full.
-    tokens_B: tokens routed.
+    `counts` and `prob_sum` are [B, E], the others [B]. Those of a model have a leading dim of layers, and sums over rows
+    have no B.
+
+    counts: (token, expert) pairs routed to each expert, before any drop.
+    prob_sum: softmax probabilities summed over tokens; the gradient of the balance loss flows through it.
+    z_sum: squared logsumexp of the logits summed over tokens; the gradient of the z-loss flows through it.
+    entropy_sum: entropy of the softmax in nats, summed over tokens.
+    dropped: pairs that were dropped, their expert's slots being full.
+    tokens: tokens routed.
     """
 
-    counts_BE: jax.Array
-    prob_sum_BE: jax.Array
-    z_sum_B: jax.Array
-    entropy_sum_B: jax.Array
-    dropped_B: jax.Array
-    tokens_B: jax.Array
+    counts: jax.Array
+    prob_sum: jax.Array
+    z_sum: jax.Array
+    entropy_sum: jax.Array
+    dropped: jax.Array
+    tokens: jax.Array
 
 
 def router_logits(x_BTD: jax.Array, router_ED: jax.Array) -> jax.Array:
@@ -71,7 +74,7 @@ def route(
     Returns:
       gates_BTE: weight of each expert in float32, 0 where it was not chosen.
       chosen_BTE: bool, at most K true per token, none for padding (`valid_BT` false).
-      stats: with `dropped_B` 0.
+      stats: with `dropped` 0.
     """
     logits_BTE = logits_BTE.astype(jnp.float32)
     valid_BT1 = valid_BT[..., None]
@@ -84,12 +87,12 @@ def route(
         gates_BTE /= jnp.where(valid_BT1, gates_BTE.sum(axis=-1, keepdims=True), 1)
     entropy_BT = z_BT1[..., 0] - (probs_BTE * logits_BTE).sum(axis=-1)
     stats = RouterStats(
-        counts_BE=chosen_BTE.sum(axis=1, dtype=jnp.float32),
-        prob_sum_BE=jnp.where(valid_BT1, probs_BTE, 0).sum(axis=1),
-        z_sum_B=jnp.where(valid_BT, jnp.square(z_BT1[..., 0]), 0).sum(axis=1),
-        entropy_sum_B=jax.lax.stop_gradient(jnp.where(valid_BT, entropy_BT, 0).sum(axis=1)),
-        dropped_B=jnp.zeros_like(z_BT1[:, 0, 0]),
-        tokens_B=valid_BT.sum(axis=1, dtype=jnp.float32),
+        counts=chosen_BTE.sum(axis=1, dtype=jnp.float32),
+        prob_sum=jnp.where(valid_BT1, probs_BTE, 0).sum(axis=1),
+        z_sum=jnp.where(valid_BT, jnp.square(z_BT1[..., 0]), 0).sum(axis=1),
+        entropy_sum=jax.lax.stop_gradient(jnp.where(valid_BT, entropy_BT, 0).sum(axis=1)),
+        dropped=jnp.zeros_like(z_BT1[:, 0, 0]),
+        tokens=valid_BT.sum(axis=1, dtype=jnp.float32),
     )
     return gates_BTE, chosen_BTE, stats
 
@@ -125,7 +128,7 @@ def moe_layer(
         experts = _all_gather_fsdp(gate_up_E2FD, EXPERT_AXES[0]), _all_gather_fsdp(down_EDF, EXPERT_AXES[1])
         out_BTD, dropped_B = dispatch(x_BTD, gates_BTE, chosen_BTE, experts)
         out_BTD = jax.lax.psum(out_BTD, split_axes("mlp"))
-        stats = dataclasses.replace(stats, dropped_B=dropped_B)
+        stats = dataclasses.replace(stats, dropped=dropped_B)
         # With a context axis each device saw a part of every row: this psum makes the sums those of the complete rows.
         return out_BTD, jax.tree.map(lambda sum_B: jax.lax.psum(sum_B, split_axes("length")), stats)
 

@@ -134,7 +134,7 @@ def attend_pairs(
     query_segments_BCS = query_segments_BT.reshape(batch, 2, chunk)
     k_BCSKH, v_BCSKH = (x.reshape(batch, 2 * parts, chunk, *x.shape[2:]) for x in (k_BTKH, v_BTKH))
     segments_BCS = segments_BT.reshape(batch, 2 * parts, chunk)
-    earlier_SS = jnp.tril(jnp.ones((chunk, chunk), bool))
+    earlier_1SS = jnp.tril(jnp.ones((chunk, chunk), bool))[None]
 
     # Recomputed in the backward pass: stored scores of all pairs would need as much memory as full attention scores.
     @jax.checkpoint
@@ -147,7 +147,7 @@ def attend_pairs(
         k_BSKH, v_BSKH = at(k_BCSKH, key_chunk), at(v_BCSKH, key_chunk)
         q_BSKGH = at(q_BCSKGH, which)
         mask_BSS = at(query_segments_BCS, which)[:, :, None] == at(segments_BCS, key_chunk)[:, None, :]
-        mask_BSS &= (key_chunk < query_chunk) | earlier_SS
+        mask_BSS &= (key_chunk < query_chunk) | earlier_1SS
         scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BSKGH, k_BSKH, preferred_element_type=jnp.float32)
         scores = jnp.where(mask_BSS[:, None, None], scores * heads[-1] ** -0.5, jnp.finfo(jnp.float32).min)
         max_BKGT = jax.lax.stop_gradient(scores.max(axis=-1))
@@ -162,7 +162,7 @@ def attend_pairs(
         member = member_n[:, None, None, None, None]
         # A finite minimum, not -inf: -inf - -inf would be NaN.
         maxima = jnp.where(member, max_nBKGT, jnp.finfo(jnp.float32).min)
-        scale = jnp.where(member, jnp.exp(maxima - maxima.max(axis=0)), 0)
+        scale = jnp.where(member, jnp.exp(maxima - maxima.max(axis=0, keepdims=True)), 0)
         chunks.append((scale[..., None] * out_nBKGTH).sum(axis=0) / (scale * total_nBKGT).sum(axis=0)[..., None])
     out_BKGTH = jnp.concatenate(chunks, axis=3)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).astype(q_BTKGH.dtype)

@@ -37,10 +37,7 @@ _SPACE = "\u2581"  # SentencePiece's spelling of a space inside pieces
 class Tokenizer(Protocol):
     """What this project needs of a tokenizer. The marker properties raise ValueError if the vocabulary lacks it."""
 
-    @property
-    def num_tokens(self) -> int:
-        """The highest id plus one. The model's `vocab_size` may be larger; the ids above decode to nothing."""
-        ...
+    num_tokens: int  # the highest id plus one; the model's `vocab_size` may be larger, and ids above decode to nothing
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, with nothing added. Markers in the text become their ids."""
@@ -109,11 +106,7 @@ class HFTokenizer(Tokenizer):
         # The file may contain the truncation and padding of a batched call made before it was saved.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._num_tokens = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-
-    @property
-    def num_tokens(self) -> int:
-        return self._num_tokens
+        self.num_tokens = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -133,7 +126,7 @@ class HFTokenizer(Tokenizer):
 
     @functools.cached_property
     def _pieces(self) -> list[bytes]:
-        pieces = [b""] * self._num_tokens
+        pieces = [b""] * self.num_tokens
         byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
         added = self._tokenizer.get_added_tokens_decoder()
         for piece, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
@@ -158,6 +151,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except (OSError, RuntimeError) as error:
             raise ValueError(f"tokenizer: {str(path)!r} cannot be read ({error})") from None
+        self.num_tokens = self._processor.get_piece_size()
         self._unk_id = self._processor.unk_id()
         space = [self._processor.id_to_piece(i) for i in self._processor.encode(" ")]
         if space != [_SPACE] or self.token_id("<0x00>") is None:
@@ -169,10 +163,6 @@ class SentencePieceTokenizer(Tokenizer):
         self._pieces = [self._spelled(i) for i in range(self.num_tokens)]
         special = {self._processor.piece_to_id(marker) for marker in SPECIAL_MARKERS}
         self._unmarked = [b"" if i in special else piece for i, piece in enumerate(self._pieces)]
-
-    @property
-    def num_tokens(self) -> int:
-        return self._processor.get_piece_size()
 
     def encode(self, text: str) -> list[int]:
         # SentencePiece spells a space as U+2581, so that character in a text would decode to a space: encode its three

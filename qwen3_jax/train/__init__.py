@@ -1,8 +1,9 @@
-"""Training on a mesh."""
+"""Training on a mesh: one loop for any objective and any feed."""
 
 from qwen3_jax.train.config import ComputeConfig, TrainConfig
 from qwen3_jax.train.loop import train
 from qwen3_jax.train.plan import link_stages, run_plan
+from qwen3_jax.train.pretrain import pretrain
 from qwen3_jax.train.stop import StopSignal
 
-__all__ = ["ComputeConfig", "StopSignal", "TrainConfig", "link_stages", "run_plan", "train"]
+__all__ = ["ComputeConfig", "StopSignal", "TrainConfig", "link_stages", "pretrain", "run_plan", "train"]

@@ -9,7 +9,7 @@ from qwen3_jax.config import ModelConfig
 from qwen3_jax.data import DataConfig
 from qwen3_jax.model.layers import Activation, ExpertDispatch
 from qwen3_jax.optim import OptimizerConfig, make_schedule
-from qwen3_jax.train.step import RouterConfig
+from qwen3_jax.train.router import RouterConfig
 from sharding import MeshConfig
 
 
@@ -30,15 +30,15 @@ class TrainConfig:
     """One run.
 
     output_dir: checkpoints, metrics and event files go here, a directory that all processes see, or gs://; a run that
-      finds its checkpoints there goes on.
-    steps: optimiser steps. accumulation: micro-batches a step's batch is cut into.
-    init_from: the directory, on a disk, of a Hugging Face checkpoint; or another run's output_dir, whose newest whole
-      checkpoint's weights are taken; the optimiser and the data begin anew. None starts from random weights.
+      finds its checkpoints there resumes.
+    steps: optimiser steps. accumulation: micro-batches of a step.
+    init_from: the directory, on a disk, of a Hugging Face checkpoint; or another run's output_dir, whose newest
+      verified checkpoint gives the weights; the optimiser and the data start anew. None: random weights.
     checkpoint_every: steps between checkpoints; the last step is always saved. keep: how many of the newest stay.
-    keep_every: checkpoints of every so many steps stay for good.
+    keep_every: checkpoints at multiples of this step stay for good.
     log_every: steps between lines of metrics. heat_map_every: steps between pictures of the experts' load.
-    max_bad_steps: a step whose loss or gradient is not finite is skipped; so many in a row end the run.
-    spike_factor: a step whose loss is so many times the usual one is skipped too.
+    max_bad_steps: a step whose loss or gradient is not finite is skipped; this many in a row end the run.
+    spike_factor: a step whose loss is this many times the usual one is skipped too.
     eval_data: held-out data; every `eval_every` steps the mean loss over its first `eval_batches` batches is logged.
     profile: first and last step of a profiler trace, written to output_dir/profile.
     """

@@ -1,45 +1,82 @@
-"""Batches on their way from the loader to the devices."""
+"""Where batches come from."""
 
 from __future__ import annotations
 
-from typing import Any
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 
-from qwen3_jax.data import DataConfig, make_loader
+from qwen3_jax.data import DataConfig, make_loader, write_catalogue
+from qwen3_jax.text.tokenizer import TOKENIZER_FILES
+from qwen3_jax.train.next_token import packed_arrays
+from qwen3_jax.train.objective import Batch, batch_structs
 
 
-class Feed:
-    """Batches as global arrays [batch_size, sequence_length]; each process reads the rows that its devices hold."""
+class Feed(Protocol):
+    """Endless batches for an objective. All processes of a run call it alike."""
 
-    def __init__(self, config: DataConfig, sharding: NamedSharding) -> None:
-        self._shape = (config.batch_size, config.sequence_length)
-        self._sharding = sharding
-        # Not one block of rows: a TPU host's chips are a square of the network, its place in the mesh is several.
-        places = sharding.addressable_devices_indices_map(self._shape).values()
-        spans = [place[0].indices(config.batch_size)[:2] for place in places if place is not None]
+    def next(self, params: Any) -> Batch:
+        """The next batch, as global arrays sharded as `batch_structs` says.
+
+        `params` are the present weights, for a feed that asks the model; the step after this call takes over their
+        memory, so none may be kept.
+        """
+
+    def get_state(self) -> dict[str, Any]:
+        """Where this process is, after the batch last returned: for the checkpoint, fit for JSON."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from there; `state` is the union of the states of all processes that there were."""
+
+    def describe(self, directory: Path) -> None:
+        """Leaves files in a run's directory that say where its batches come from."""
+
+
+class FileFeed:
+    """Packed documents; each process reads the rows that its devices hold.
+
+    Raises:
+      ValueError: for files that do not fit, or a batch that does not divide over the mesh.
+    """
+
+    def __init__(self, config: DataConfig, mesh: Mesh, accumulation: int = 1) -> None:
+        self._config = config
+        self._structs = batch_structs(packed_arrays(config.batch_size, config.sequence_length), mesh, accumulation)
+        struct = self._structs["tokens"]
+        # More than one block of rows: a TPU host's chips are a square of the network, and several blocks of the mesh.
+        blocks = struct.sharding.addressable_devices_indices_map(struct.shape).values()
+        spans = [block[0].indices(config.batch_size)[:2] for block in blocks if block is not None]
         rows = sorted({row for start, stop in spans for row in range(start, stop)})
         self._index = {row: index for index, row in enumerate(rows)}
         self._loader = make_loader(config, rows)
 
-    def __next__(self) -> dict[str, jax.Array]:
-        return {name: self._put(value) for name, value in next(self._loader).items()}
+    def next(self, params: Any) -> Batch:
+        del params
+        return {name: self._put(name, rows) for name, rows in next(self._loader).items()}
 
     def get_state(self) -> dict[str, Any]:
-        """Where this process is in the documents, after the batch last returned; fit for JSON."""
         return self._loader.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from there; `state` may be the union of all processes' states."""
         self._loader.set_state(state)
 
-    def _put(self, rows: np.ndarray[Any, Any]) -> jax.Array:
-        def share(place: tuple[slice, ...] | None) -> np.ndarray[Any, Any]:
-            assert place is not None  # it is for devices of other processes
-            start, stop, _ = place[0].indices(self._shape[0])
-            first = self._index[start]
-            return rows[first : first + stop - start, place[1]]
+    def describe(self, directory: Path) -> None:
+        """The catalogue of the sources, and the tokenizer."""
+        write_catalogue(self._config, directory)
+        for file in (Path(self._config.tokenizer) / name for name in TOKENIZER_FILES):
+            if file.is_file():
+                shutil.copyfile(file, directory / file.name)
 
-        return jax.make_array_from_callback(self._shape, self._sharding, share)
+    def _put(self, name: str, rows: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # other processes have devices without one
+            start, stop, _ = index[0].indices(self._config.batch_size)
+            first = self._index[start]
+            return rows[first : first + stop - start, index[1]]
+
+        struct = self._structs[name]
+        return jax.make_array_from_callback(struct.shape, struct.sharding, shard)

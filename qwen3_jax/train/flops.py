@@ -30,8 +30,8 @@ def peak_flops(devices: Sequence[jax.Device]) -> tuple[float, str]:
     kind = devices[0].device_kind
     if kind in BY_DEVICE_KIND:
         return BY_DEVICE_KIND[kind].peak_flops * len(devices), f"data sheet of {kind}"
-    # Elsewhere (the CPU above all, whose fake devices share one set of cores): one large matmul, best of three.
-    n = 2048
+    # For others, above all CPUs, whose virtual devices share one set of cores: a large matmul, the best of three.
+    n = 1024
     x = jnp.ones((n, n), jnp.float32)
     multiply = jax.jit(jnp.matmul)
     multiply(x, x).block_until_ready()

@@ -1,4 +1,4 @@
-"""Steps that would spoil the weights are not taken."""
+"""Steps that would spoil the weights are not taken, and too many of them in a row end the run."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+from jax.experimental import multihost_utils
 
-from qwen3_jax.train.step import Batch, Metrics, TrainState
+from qwen3_jax.train.objective import Batch, Metrics
+from qwen3_jax.train.run_directory import RunDirectory
+from qwen3_jax.train.step import TrainState
 
 _MEMORY = 0.98  # of the usual loss: it forgets half in 34 steps
 
 
 @struct.dataclass
 class Guard:
-    """What judging a step needs to know of those before it.
+    """What the steps before say about a step.
 
-    skipped: steps not taken, int32. in_row: of these, the ones since the last step taken, int32.
+    skipped: steps not taken, int32. in_row: those of them since the last step taken, int32.
     usual_loss: moving average over the steps taken, float32; 0 before the first.
     """
 
@@ -28,7 +32,7 @@ class Guard:
 
     @classmethod
     def create(cls, skipped: int = 0, in_row: int = 0, usual_loss: float = 0.0) -> Guard:
-        """Of a run that begins, or of one that goes on."""
+        """For a new run, or with the numbers of one that resumes."""
         return cls(jnp.int32(skipped), jnp.int32(in_row), jnp.float32(usual_loss))
 
 
@@ -45,7 +49,7 @@ def skip_bad_steps(
 ) -> Callable[[GuardedState, Batch], tuple[GuardedState, Metrics]]:
     """`step`, without effect on weights and optimiser where its loss or gradient is not finite.
 
-    The metrics tell so: `skipped` (0 or 1), `skipped_in_row` and `skipped_total`.
+    The metrics gain `skipped` (0 or 1), `skipped_in_row` and `skipped_total`.
 
     Args:
       spike_factor: skip also where the loss exceeds that many times the usual one (as Chowdhery et al. 2022, section
@@ -70,3 +74,23 @@ def skip_bad_steps(
         return GuardedState(train, guard), {**metrics, **series}
 
     return guarded
+
+
+def end_of_patience(
+    step: int, metrics: dict[str, Any], batch: Batch, max_bad_steps: int, directory: RunDirectory
+) -> str | None:
+    """Why a run ends with this step, None if it continues; the batch of the step that ends it is saved.
+
+    All processes call it alike.
+    """
+    row = int(metrics["skipped_in_row"])
+    if not metrics["skipped"] or row < max_bad_steps:
+        return None
+    name = f"bad_step_{step}.npz"
+    rows = multihost_utils.process_allgather(batch, tiled=True)
+    if jax.process_index() == 0:
+        np.savez(directory.files / name, **rows)
+    return (
+        f"step {step}: loss is {metrics['loss']}, gradient norm {metrics['grad_norm']}: {row} bad steps in a row; its "
+        f"batch is in {directory.directory / name}"
+    )

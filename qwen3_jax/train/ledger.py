@@ -18,14 +18,18 @@ class Ledger:
     lost: steps that were done again and the time between a crash and the restart. other: the rest.
     """
 
-    def __init__(self, earlier: Mapping[str, Any] | None = None) -> None:
-        """earlier: `state()` of the checkpoint that the run goes on from."""
-        now = time.time()
-        self._began = earlier["began"] if earlier else now
-        self._seconds = dict(earlier["seconds"]) if earlier else dict.fromkeys((*_PHASES, "lost", "other"), 0.0)
-        # Whatever no checkpoint accounts for was in vain.
-        self._seconds["lost"] += max(0.0, now - self._began - sum(self._seconds.values()))
-        self._start, self._here = time.perf_counter(), 0.0
+    def __init__(self) -> None:
+        self._began, self._start = time.time(), time.perf_counter()
+        self._seconds = dict.fromkeys((*_PHASES, "lost", "other"), 0.0)
+        self._booked = 0.0  # since this process started
+
+    def resume(self, earlier: Mapping[str, Any]) -> None:
+        """Adds the `state()` of a checkpoint; the time since it that no checkpoint accounts for is lost."""
+        lost = self._began - earlier["began"] - sum(earlier["seconds"].values())
+        self._began = earlier["began"]
+        for name, seconds in earlier["seconds"].items():
+            self._seconds[name] += seconds
+        self._seconds["lost"] += max(0.0, lost)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -40,12 +44,17 @@ class Ledger:
         """Books time to `name`."""
         assert name in _PHASES
         self._seconds[name] += seconds
-        self._here += seconds
+        self._booked += seconds
 
     def seconds(self) -> dict[str, float]:
         """By phase, up to now."""
-        rest = time.perf_counter() - self._start - self._here
+        rest = time.perf_counter() - self._start - self._booked
         return {**self._seconds, "other": self._seconds["other"] + max(0.0, rest)}
+
+    def stepping(self) -> float:
+        """Seconds up to now in which nothing kept the run from its steps: the clock that steps are timed by."""
+        seconds = self.seconds()
+        return seconds["step"] + seconds["data"] + seconds["other"]
 
     def goodput(self) -> float:
         """Share of all the time that went into steps, 0 to 1."""

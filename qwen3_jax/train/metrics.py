@@ -20,7 +20,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from qwen3_jax.checkpoint import reason_of
-from qwen3_jax.train.output import METRICS
+from qwen3_jax.train.run_directory import METRICS
 
 _GROUPS = 8
 _FLUSH_EVERY = 30.0  # seconds between the moments when TensorBoard can see what is new
@@ -29,8 +29,8 @@ _FLUSH_EVERY = 30.0  # seconds between the moments when TensorBoard can see what
 class MetricsLog:
     """Writes one line a step to `metrics.jsonl`, and the same to TensorBoard, layers there in groups.
 
-    A run that goes on from step `start` forgets what a previous one logged beyond it, so that the series is that of
-    a run that was never cut.
+    A run that resumes from step `start` deletes what was logged after it, so that the series is that of a run that was
+    never interrupted.
 
     Raises:
       OSError: naming the directory.
@@ -46,7 +46,7 @@ class MetricsLog:
                 text = self._path.read_text(encoding="utf-8")
                 lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
                 kept = [line for line in lines if json.loads(line)["step"] <= start]
-            # Replaced, not rewritten: a crash right here must not lose the series.
+            # Replaced, not rewritten: a crash while writing must not lose the series.
             fresh = self._path.with_suffix(".tmp")
             fresh.write_text("".join(kept), encoding="utf-8")
             fresh.replace(self._path)

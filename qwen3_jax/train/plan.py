@@ -1,15 +1,15 @@
-"""Stages of training, one after the other, as one run that can be cut anywhere (report, section 3.2).
+"""Stages of training, one after the other, as one run that can be interrupted anywhere (report, section 3.2).
 
 A stage begins with the weights that the last one ended with, at its own place in its own data, and with a fresh
 optimiser: the two moments of AdamW remember some 1 / (1 - b2) = 20 steps, fewer than a stage's warm-up, and their
-averages are of gradients of another mixture or length. Its learning rate goes on where the last one's ended if its
+averages are of gradients of another mixture or length. Its learning rate continues where the last one's ended if its
 `initial_ratio` says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import orbax.checkpoint as ocp
 from etils import epath
@@ -17,9 +17,8 @@ from rich.console import Console
 
 from qwen3_jax.checkpoint import CHECKPOINTS
 from qwen3_jax.train.config import TrainConfig
-from qwen3_jax.train.loop import train
-from qwen3_jax.train.output import check_output
-from qwen3_jax.train.start import FREE
+from qwen3_jax.train.run_directory import check_writable
+from qwen3_jax.train.start import NO_WEIGHT_SHAPE
 from qwen3_jax.train.stop import StopSignal
 
 
@@ -40,7 +39,7 @@ def link_stages(stages: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
                 raise ValueError(f"stages.{name}.{key}: {getattr(config, key)!r}; the plan's, set outside stages, fits")
         for field in dataclasses.fields(config.model):
             value, fits = getattr(config.model, field.name), getattr(first.model, field.name)
-            if value != fits and field.name not in FREE:
+            if value != fits and field.name not in NO_WEIGHT_SHAPE:
                 raise ValueError(
                     f"stages.{name}.model.{field.name}: {value!r}; that of the first stage, {fits!r}, fits"
                 )
@@ -50,22 +49,25 @@ def link_stages(stages: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
     return linked
 
 
-def run_plan(stages: Mapping[str, TrainConfig], stop: StopSignal, console: Console) -> None:
-    """Trains the stages in their order, each to its last step; goes on where an earlier call was cut.
+Run = Callable[[TrainConfig, StopSignal, Console], str | None]
+
+
+def run_plan(stages: Mapping[str, TrainConfig], run: Run, stop: StopSignal, console: Console) -> None:
+    """Trains the stages in their order, each to its last step; resumes where an earlier call was interrupted.
 
     Args:
-      stages: as `link_stages` makes them. stop, console: as `train` takes them.
+      stages: as `link_stages` makes them. run: trains one of them, such as `pretrain`; see `train`.
 
-    Raises: what `train` does.
+    Raises: what `run` does.
     """
     names = list(stages)
-    check_output(stages[names[0]].output_dir)
-    # A stage begins when the one before has ended: the last one with a checkpoint is where an earlier call was.
+    check_writable(stages[names[0]].output_dir)
+    # A stage starts when the one before has ended: resume in the last one that has a checkpoint.
     begun = [number for number, name in enumerate(names) if _last_step(stages[name]) is not None]
     for number in range(max(begun, default=0), len(names)):
         config = stages[names[number]]
         console.print(f"stage    {names[number]}, {number + 1} of {len(names)}: {', '.join(names)}", highlight=False)
-        if train(config, stop, console) is not None:
+        if run(config, stop, console) is not None:
             return
 
 

@@ -1,4 +1,4 @@
-"""The `run` item of a checkpoint: what made it, in JSON."""
+"""What a run leaves of itself: the `run` item of a checkpoint, and files beside the checkpoints."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from qwen3_jax.train.config import TrainConfig
+from qwen3_jax.train.feed import Feed
 from qwen3_jax.train.guard import Guard
 from qwen3_jax.train.ledger import Ledger
 
@@ -25,6 +26,13 @@ def run_record(config: TrainConfig, step: int, guard: Guard, ledger: Ledger) -> 
     counters = {name: value.item() for name, value in jax.device_get(vars(guard)).items()}
     record = {"step": step, "config": dataclasses.asdict(config), "code": code_version()}
     return json.loads(json.dumps({**record, "guard": counters, "ledger": ledger.state()}))
+
+
+def describe_run(files: Path, config: TrainConfig, feed: Feed) -> None:
+    """Leaves what it takes to export a checkpoint, and what says where batches came from; process 0 does."""
+    if jax.process_index() == 0:
+        (files / "config.json").write_text(json.dumps(config.model.to_hf(), indent=2) + "\n", encoding="utf-8")
+        feed.describe(files)
 
 
 @functools.cache

@@ -7,7 +7,6 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -31,12 +30,12 @@ class StopSignal:
         """The signal to stop by, None to go on. Every process asks after every step, and equally often."""
         if jax.process_count() == 1:
             return self._name
-        self._times_asked += 1  # what jax calls the step; that of a run begins anew in each stage of a plan
+        self._times_asked += 1  # jax's step number; a run's own starts anew in each stage of a plan
         return (self._name or "SIGTERM") if multihost_utils.reached_preemption_sync_point(self._times_asked) else None
 
     def __enter__(self) -> StopSignal:
-        # Python's own handlers run when the main thread comes back from XLA, which may be never. The byte that tells
-        # of a signal is written at once, and a thread reads it.
+        # Python's own handlers run when the main thread comes back from XLA, which may be never. A signal's
+        # byte is written to the wakeup socket at once, and a thread reads it.
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno())
@@ -45,9 +44,7 @@ class StopSignal:
         threading.Thread(target=self._listen, daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
@@ -63,4 +60,4 @@ class StopSignal:
                 self._name = signal.Signals(byte[0]).name
                 self._announce(f"{self._name}: stopping after this step; Ctrl-C ends the run at once")
                 if jax.process_count() > 1:
-                    os.kill(os.getpid(), signal.SIGTERM)  # the way to tell the other processes
+                    os.kill(os.getpid(), signal.SIGTERM)  # jax passes SIGTERM on to the other processes

@@ -6,13 +6,12 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import Command
 
 from qwen3_jax.tasks.arithmetic import held_out_chains
 
@@ -51,19 +50,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(folder: Path, output: str, *argv: str, **env: str) -> subprocess.Popen[str]:
-    """infer.py as a process of its own, with the programs that an earlier one compiled."""
-    command = [sys.executable, str(ROOT / "infer.py"), "--input", str(folder / "in.jsonl")]
-    command += ["--output", str(folder / output), "--max-new-tokens", "64", "--batch-size", "8", *argv]
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), **env}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(folder: Path, output: str, *argv: str, **env: str) -> Command:
+    """infer.py as a process of its own."""
+    words = ["--input", str(folder / "in.jsonl"), "--output", str(folder / output)]
+    words += ["--max-new-tokens", "64", "--batch-size", "8", *argv]
+    return Command("qwen3_jax.cli.infer:main", *words, env={**os.environ, "XLA_FLAGS": "", **env}, cwd=ROOT)
 
 
-def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+def finish(process: Command) -> dict[str, Any]:
     """The summary that it prints."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate()
     assert process.returncode == 0, err
-    return json.loads(out)
+    return json.loads(out.splitlines()[-1])  # Gloo prints to stdout before it
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +113,8 @@ def test_a_finished_run_is_left_as_it_is(folder: Path, whole: dict[tuple[Any, An
     assert (folder / "whole.jsonl").read_bytes() == before
 
 
-def refused(process: subprocess.Popen[str]) -> str:
-    _, err = process.communicate(timeout=300)
+def refused(process: Command) -> str:
+    _, err = process.communicate()
     assert process.returncode == 2
     (line,) = [line for line in err.splitlines() if line.startswith("error:")]
     return line

@@ -29,14 +29,13 @@ Plan = Callable[..., Done]
 
 
 @pytest.fixture
-def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Plan:
+def plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tpu_compiler: None
+) -> Plan:
     """The command, in this process; what it caches is in `tmp_path`. It compiles in processes that it starts."""
-    pytest.importorskip("libtpu", reason="libtpu is for Linux x86-64 only")
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XLA_FLAGS", "")
-    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_WORKER_HOSTNAMES"):
-        monkeypatch.setenv(name, "")  # the command sets them; this takes them back
 
     def run(*words: str) -> Done:
         code: object = 0

@@ -24,11 +24,12 @@ MESHES = {
 
 
 @functools.cache
-def step_text(name: str) -> str:
+def step(name: str) -> tuple[jax.stages.Lowered, jax.stages.Compiled]:
     room: Any = {"batch": BATCH, "slots": SLOTS, "columns": COLUMNS, "dtype": np.float32}
     mesh = make_mesh(MESHES[name])
     takes = step_shapes(CONFIG, mesh, **room)
-    return str(lower_step(CONFIG, mesh, takes, np.float32).compile().as_text())
+    lowered = lower_step(CONFIG, mesh, takes, np.float32)
+    return lowered, lowered.compile()
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -60,11 +61,20 @@ def test_a_step_gathers_no_weight(name: str) -> None:
     smallest = CONFIG.num_key_value_heads * CONFIG.head_dim * CONFIG.hidden_size
     assert logits < smallest
     sizes = []
-    for line in step_text(name).splitlines():
+    for line in str(step(name)[1].as_text()).splitlines():
         if match := re.search(r" = (.*?) (?:all-gather|all-to-all|all-reduce|collective-permute)(?:-start)?\(", line):
             shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
             sizes += [int(np.prod([int(n) for n in dims.split(",") if n])) for dims in shapes]
     assert 0 < max(sizes) <= logits
+
+
+def test_what_the_host_reads_is_small_and_on_every_process() -> None:
+    """Beside the state: of each row its counters and the columns that are new, not all that it has written."""
+    lowered, compiled = step("fsdp 2, expert 2, tensor 2")
+    _, written = lowered.out_info
+    shapes = {leaf.shape for leaf in jax.tree.leaves(written)}
+    assert shapes == {(BATCH,), (BATCH, COLUMNS)}
+    assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(compiled.output_shardings[1]))
 
 
 def test_a_prefill_compiles_from_shapes() -> None:

@@ -32,7 +32,7 @@ CONFIG = dataclasses.replace(
     num_experts=4,
     mlp_only_layers=(0,),
 )
-MODEL = Qwen3(CONFIG)
+MODEL, PER_LAYER = Qwen3(CONFIG, stacked=True), Qwen3(CONFIG)
 BATCH, LENGTH = 2, 16
 TOKENS = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (BATCH, LENGTH)).astype(np.int32)
 
@@ -111,8 +111,12 @@ def test_stacked_equals_per_layer(params: Any) -> None:
 
 def test_remat_changes_nothing(params: Any) -> None:
     plain = value_and_grad(MODEL)(params)
-    chex.assert_trees_all_close(value_and_grad(Qwen3(CONFIG, remat=True))(params), plain, rtol=1e-4, atol=1e-6)
-    text = str(jax.make_jaxpr(lambda p: Qwen3(CONFIG, remat=True).apply({"params": p}, TOKENS).logits)(params))
+    chex.assert_trees_all_close(
+        value_and_grad(Qwen3(CONFIG, stacked=True, remat=True))(params), plain, rtol=1e-4, atol=1e-6
+    )
+    text = str(
+        jax.make_jaxpr(lambda p: Qwen3(CONFIG, stacked=True, remat=True).apply({"params": p}, TOKENS).logits)(params)
+    )
     assert "remat" in text or "checkpoint" in text
 
 
@@ -139,7 +143,7 @@ def test_logits_come_from_hidden(params: Any) -> None:
 
 def test_bfloat16_compute(params: Any) -> None:
     """Activations in bfloat16, logits and router statistics in float32; bfloat16 weights alone ask for the same."""
-    out = jax.eval_shape(forward(Qwen3(CONFIG, dtype=jnp.bfloat16)), params, TOKENS)
+    out = jax.eval_shape(forward(Qwen3(CONFIG, stacked=True, dtype=jnp.bfloat16)), params, TOKENS)
     chex.assert_type([out.hidden, out.logits], [jnp.bfloat16, jnp.float32])
     chex.assert_type(jax.tree.leaves(out.router), jnp.float32)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
@@ -156,15 +160,15 @@ def test_segment_positions() -> None:
 def test_capacity_that_drops_nothing_equals_exact(params: Any) -> None:
     """Four experts, two per token: a factor of 2 makes room for every token at every expert."""
     exact = forward(MODEL)(params, TOKENS)
-    capacity = forward(Qwen3(CONFIG, capacity_factor=2.0))(params, TOKENS)
+    capacity = forward(Qwen3(CONFIG, stacked=True, capacity_factor=2.0))(params, TOKENS)
     chex.assert_trees_all_close(capacity, exact, rtol=1e-4, atol=1e-5)
-    assert not capacity.router.dropped_B.any()
+    assert not capacity.router.dropped.any()
     _, expected = value_and_grad(MODEL)(params)
-    _, grads = value_and_grad(Qwen3(CONFIG, capacity_factor=2.0, group_size=4))(params)
+    _, grads = value_and_grad(Qwen3(CONFIG, stacked=True, capacity_factor=2.0, group_size=4))(params)
     chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-6)
 
 
-OVERRUN = Qwen3(CONFIG, capacity_factor=0.75, group_size=8)
+OVERRUN = Qwen3(CONFIG, stacked=True, capacity_factor=0.75, group_size=8)
 
 
 def test_causal_under_drops(params: Any) -> None:
@@ -173,7 +177,7 @@ def test_causal_under_drops(params: Any) -> None:
     tokens[:, 10:] = (tokens[:, 10:] + 7) % CONFIG.vocab_size
     one_segment = np.ones_like(TOKENS)
     first, second = (forward(OVERRUN)(params, x, None, one_segment) for x in (TOKENS, tokens))
-    assert (first.router.dropped_B > 0).all()
+    assert (first.router.dropped > 0).all()
     chex.assert_trees_all_close(first.logits[:, :10], second.logits[:, :10], atol=1e-6)
     assert not np.allclose(first.logits[:, 10:], second.logits[:, 10:], atol=1e-3)
 
@@ -184,19 +188,19 @@ def test_router_statistics(params: Any) -> None:
     segments[0, :6], tokens[0, :6] = 0, 3
     out, other = (forward(OVERRUN)(params, x, None, segments) for x in (TOKENS, tokens))
     chex.assert_tree_shape_prefix(out.router, (2,))
-    chex.assert_shape(out.router.counts_BE, (2, BATCH, 4))
+    chex.assert_shape(out.router.counts, (2, BATCH, 4))
     real = np.tile([LENGTH - 6, LENGTH], (2, 1))
-    np.testing.assert_array_equal(out.router.tokens_B, real)
-    np.testing.assert_array_equal(out.router.counts_BE.sum(axis=-1), 2 * real)
-    np.testing.assert_allclose(out.router.prob_sum_BE.sum(axis=-1), real, rtol=1e-5)
-    assert (out.router.entropy_sum_B < real * np.log(4)).all()
-    assert (out.router.dropped_B > 0).all()
+    np.testing.assert_array_equal(out.router.tokens, real)
+    np.testing.assert_array_equal(out.router.counts.sum(axis=-1), 2 * real)
+    np.testing.assert_allclose(out.router.prob_sum.sum(axis=-1), real, rtol=1e-5)
+    assert (out.router.entropy_sum < real * np.log(4)).all()
+    assert (out.router.dropped > 0).all()
     chex.assert_trees_all_close(other.logits[0, 6:], out.logits[0, 6:], atol=1e-6)
     chex.assert_trees_all_close(other.router, out.router, atol=1e-4)
 
 
 def test_group_size_must_divide(params: Any) -> None:
-    model = Qwen3(CONFIG, capacity_factor=1.0, group_size=5)
+    model = Qwen3(CONFIG, stacked=True, capacity_factor=1.0, group_size=5)
     with pytest.raises(ValueError, match="group_size: 5 does not divide the sequence length 16; a divisor fits"):
         jax.eval_shape(model.apply, {"params": params}, TOKENS)
 
@@ -208,9 +212,9 @@ def test_cache_in_pieces_and_extended(params: Any) -> None:
     full = forward(MODEL)(params, TOKENS)
     cache = KVCache.create(CONFIG, BATCH, 10, jnp.float32)
     chex.assert_shape(cache.keys, (BATCH, CONFIG.num_key_value_heads, CONFIG.head_dim, 10))
-    first = forward(MODEL)(separate, TOKENS[:, :10], positions[:, :10], None, cache)
+    first = forward(PER_LAYER)(separate, TOKENS[:, :10], positions[:, :10], None, cache)
     grown = first.cache.resize(10, 8)
-    second = forward(MODEL)(separate, TOKENS[:, 10:], positions[:, 10:], None, grown)
+    second = forward(PER_LAYER)(separate, TOKENS[:, 10:], positions[:, 10:], None, grown)
     logits = jnp.concatenate([first.logits, second.logits], axis=1)
     chex.assert_trees_all_close(logits, full.logits, rtol=1e-4, atol=1e-4)
     expected = np.pad(positions, ((0, 0), (0, 2)), constant_values=EMPTY)
@@ -224,7 +228,7 @@ def test_a_row_may_write_nothing(params: Any) -> None:
     separate = unstack_layers(CONFIG, params)
     positions = jnp.broadcast_to(jnp.arange(5), (BATCH, 5))
     cache = KVCache.create(CONFIG, BATCH, 8, jnp.float32)
-    step = functools.partial(forward(MODEL), separate)
+    step = functools.partial(forward(PER_LAYER), separate)
     cache = step(TOKENS[:, :5], positions, None, cache).cache
     at = jnp.full((BATCH, 1), 5)
     direct = step(TOKENS[:, 5:6], at, jnp.ones((BATCH, 1), jnp.int32), cache)
@@ -237,6 +241,25 @@ def test_a_row_may_write_nothing(params: Any) -> None:
 def test_cache_refusals(params: Any) -> None:
     cache = KVCache.create(CONFIG, BATCH, LENGTH, jnp.float32)
     with pytest.raises(ValueError, match="positions: None; with a cache, the position of each token fits"):
-        jax.eval_shape(MODEL.apply, {"params": unstack_layers(CONFIG, params)}, TOKENS, cache=cache)
-    with pytest.raises(ValueError, match="params: stacked layers do not go with a cache"):
+        jax.eval_shape(PER_LAYER.apply, {"params": unstack_layers(CONFIG, params)}, TOKENS, cache=cache)
+    with pytest.raises(ValueError, match="stacked: True; with a cache, False and weights of `unstack_layers` fit"):
         jax.eval_shape(MODEL.apply, {"params": params}, TOKENS, jnp.zeros_like(TOKENS), cache=cache)
+
+
+def test_weights_of_the_other_layout_are_refused(params: Any) -> None:
+    with pytest.raises(ValueError, match="stacked: False, but the weights are in the other layout; True fits"):
+        jax.eval_shape(PER_LAYER.apply, {"params": params}, TOKENS)
+    with pytest.raises(ValueError, match="stacked: True, but the weights are in the other layout; False fits"):
+        jax.eval_shape(MODEL.apply, {"params": unstack_layers(CONFIG, params)}, TOKENS)
+
+
+def test_a_prefill_attends_among_its_own_tokens(params: Any) -> None:
+    """As without a cache, also where the cache has more slots than there are tokens; they are as if written later."""
+    separate = unstack_layers(CONFIG, params)
+    positions = jnp.broadcast_to(jnp.arange(LENGTH), TOKENS.shape)
+    for slots in (LENGTH, LENGTH + 4):
+        cache = KVCache.create(CONFIG, BATCH, slots, jnp.float32)
+        prefilled = PER_LAYER.apply({"params": separate}, TOKENS, positions, None, cache, prefill=True)
+        masked = PER_LAYER.apply({"params": separate}, TOKENS, positions, None, cache)
+        chex.assert_trees_all_close(prefilled.logits, forward(MODEL)(params, TOKENS).logits, rtol=1e-4, atol=1e-4)
+        chex.assert_trees_all_close(prefilled.cache, masked.cache, rtol=1e-5, atol=1e-5)

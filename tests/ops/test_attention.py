@@ -38,7 +38,8 @@ def written_out(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment
     k_BTNH, v_BTNH = (jnp.repeat(x, groups, axis=2) for x in (k_BTKH, v_BTKH))
     scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BTNH) / q_BTNH.shape[-1] ** 0.5
     places = jnp.arange(q_BTNH.shape[1])
-    visible_BTS = (segments_BT[:, :, None] == segments_BT[:, None]) & (places[:, None] >= places)
+    earlier_TS = places[:, None] >= places[None]
+    visible_BTS = (segments_BT[:, :, None] == segments_BT[:, None]) & earlier_TS[None]
     weights_BNTS = jax.nn.softmax(jnp.where(visible_BTS[:, None], scores_BNTS, -jnp.inf), axis=-1)
     return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BTNH)
 
@@ -156,6 +157,6 @@ def test_reading_a_cache_before_writing_equals_writing_first(length: int, slot: 
     cached = (normal(2, 2, 8, 9), normal(2, 2, 9, 8))
     mask = jnp.asarray(rng.random((2, length, 9)) < 0.6).at[1].set(False)
     mask = mask.at[:, :, slot : slot + length].set(jnp.tril(jnp.ones((length, length), bool)))
-    out = attention_before_write(q, k, v, cached, mask, jnp.int32(slot))
-    written = write_slots(cached, k, v, jnp.int32(slot))
-    chex.assert_trees_all_close(out, attention(q, *written, mask), rtol=1e-5, atol=1e-5)
+    out = jax.jit(attention_before_write)(q, k, v, cached, mask, jnp.int32(slot))
+    expected = jax.jit(lambda slot: attention(q, *write_slots(cached, k, v, slot), mask))(jnp.int32(slot))
+    chex.assert_trees_all_close(out, expected, rtol=1e-5, atol=1e-5)

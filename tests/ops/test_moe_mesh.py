@@ -63,8 +63,8 @@ def losses(model: MoeMlp) -> Any:
 
     def loss(params: Any, x: jax.Array, valid: jax.Array) -> tuple[jax.Array, Any]:
         out, stats = model.apply({"params": params}, x, valid)
-        balance = (stats.prob_sum_BE * normal(ROWS, CONFIG.num_experts, seed=9)).sum()
-        return (out * WANTED).sum() + balance + 0.1 * stats.z_sum_B.sum(), (out, stats)
+        balance = (stats.prob_sum * normal(ROWS, CONFIG.num_experts, seed=9)).sum()
+        return (out * WANTED).sum() + balance + 0.1 * stats.z_sum.sum(), (out, stats)
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
@@ -86,9 +86,9 @@ def test_eight_devices_equal_one(name: str, mode: str) -> None:
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
     stats, stats_8 = expected[0][1][1], actual[0][1][1]
     # Which tokens: a dropped pair more or less would move an output by far more than the tolerance.
-    np.testing.assert_array_equal(stats_8.dropped_B, stats.dropped_B)
-    np.testing.assert_array_equal(stats_8.counts_BE, stats.counts_BE)
-    assert (stats.dropped_B[:2] > 0).all() == (mode == "drops")
+    np.testing.assert_array_equal(stats_8.dropped, stats.dropped)
+    np.testing.assert_array_equal(stats_8.counts, stats.counts)
+    assert (stats.dropped[:2] > 0).all() == (mode == "drops")
 
 
 @pytest.mark.parametrize("mode", ["no drops", "ragged"])
@@ -106,7 +106,7 @@ def test_ragged_is_dropless_under_any_skew(skew: float) -> None:
     router[:, -1] = skew * np.array([0, 1, 0, 0, 1, 1, 0, 0])
     params = {**PARAMS, "router": router}
     exact, stats = EXACT.apply({"params": params}, x, VALID)
-    assert ((stats.counts_BE.sum(axis=0) > 0).sum() == 3) == (skew > 0)
+    assert ((stats.counts.sum(axis=0) > 0).sum() == 3) == (skew > 0)
     with jax.set_mesh(make_mesh(MESHES["data 2, expert 4"])):
         out, _ = jax.jit(lambda *args: RAGGED.apply({"params": params}, *args))(x, VALID)
     chex.assert_trees_all_close(jax.device_get(out), jax.device_get(exact), rtol=1e-5, atol=1e-5)

@@ -55,14 +55,16 @@ BOTH = {"dense": DENSE, "moe": MOE}
 def forward(config: ModelConfig) -> Any:
     """`forward(config)(params, tokens, segment_ids)`: logits. Always called with [3, 20] tokens, to compile once."""
     return jax.jit(
-        lambda params, tokens, segments: Qwen3(config).apply({"params": params}, tokens, None, segments).logits
+        lambda params, tokens, segments: (
+            Qwen3(config, stacked=True).apply({"params": params}, tokens, None, segments).logits
+        )
     )
 
 
 @functools.cache
 def cached_forward(config: ModelConfig) -> Any:
     """`cached_forward(config)(params, tokens, positions, segment_ids, cache)`: the whole Output."""
-    return jax.jit(lambda params, *inputs: Qwen3(config).apply({"params": params}, *inputs))
+    return jax.jit(lambda params, *inputs: Qwen3(config, stacked=True).apply({"params": params}, *inputs))
 
 
 @functools.cache
@@ -194,7 +196,7 @@ def test_gradients(name: str, check_error: Any) -> None:
     @jax.jit
     @jax.value_and_grad
     def ours(params: Any) -> jax.Array:
-        hidden = Qwen3(config).apply({"params": params}, tokens).hidden[:, :-1]
+        hidden = Qwen3(config, stacked=True).apply({"params": params}, tokens).hidden[:, :-1]
         targets = jnp.asarray(tokens[:, 1:])
         sums = linear_cross_entropy(hidden, head_weight(config, params), targets, jnp.ones(targets.shape))
         return sums[0] / targets.size
@@ -225,7 +227,9 @@ def test_bfloat16(name: str, check_error: Any) -> None:
     config = BOTH[name]
     squares = np.zeros(2)
     tokens = random_tokens(config, 4, 32)
-    run = jax.jit(lambda params: Qwen3(config, dtype=jnp.bfloat16).apply({"params": params}, tokens).logits)
+    run = jax.jit(
+        lambda params: Qwen3(config, stacked=True, dtype=jnp.bfloat16).apply({"params": params}, tokens).logits
+    )
     for seed in range(6):
         model = torch_model(config, seed=100 + seed)
         for weight in model.parameters():

@@ -43,7 +43,7 @@ CONFIG = ModelConfig(
     moe_intermediate_size=16,
     mlp_only_layers=(0,),
 )
-MODEL = Qwen3(CONFIG)
+MODEL = Qwen3(CONFIG, stacked=True)
 EXPERTS = "layers_1_3"  # the layers that have some
 LONG = (*[4] * 48, EOS, GEN, THINK)  # 51 ids, of which the context leaves 11
 

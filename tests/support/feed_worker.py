@@ -15,8 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qwen3_jax.data import DataConfig, make_loader
-from qwen3_jax.train.feed import Feed
-from qwen3_jax.train.program import batch_sharding
+from qwen3_jax.train.feed import FileFeed
 from sharding import start_processes
 
 
@@ -26,10 +25,10 @@ def main(words: Sequence[str]) -> None:
     # Rows over four pairs of devices, every other one of this process; a pair splits the tokens.
     grid = np.array(jax.devices()).reshape(2, 2, 2).transpose(1, 0, 2).reshape(1, 4, 1, 2, 1)
     mesh = Mesh(grid, ("data", "fsdp", "expert", "context", "tensor"))
-    feed, whole = Feed(config, batch_sharding(config, mesh, 1)), make_loader(config)
+    feed, whole = FileFeed(config, mesh), make_loader(config)
     for _ in range(5):
         expected = next(whole)
-        for name, array in next(feed).items():
+        for name, array in feed.next(None).items():
             assert len(array.addressable_shards) == 4
             for shard in array.addressable_shards:
                 assert shard.data.shape == (2, config.sequence_length // 2)

@@ -17,10 +17,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TextIO
 
-from program_cache import make_writes_atomic
+import program_cache
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["qwen3_jax.cli.train", "qwen3_jax.cli.main", "gcsfs"])
+_CONTEXT.set_forkserver_preload(["qwen3_jax.cli.train", "qwen3_jax.cli.infer", "qwen3_jax.cli.main", "gcsfs"])
 
 
 class Command:
@@ -58,6 +58,10 @@ class Command:
 
     def poll(self) -> int | None:
         return self._process.exitcode
+
+    def wait_for_exit(self, timeout: float) -> None:
+        """Waits so many seconds at most."""
+        self._process.join(timeout)
 
     def send_signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
@@ -118,7 +122,7 @@ def _serve(
     for number, end in ((1, out), (2, err)):
         os.dup2(end.fileno(), number)
         end.close()
-    make_writes_atomic()
+    program_cache.repair()
     module, _, function = target.partition(":")
     code: object = 0
     try:

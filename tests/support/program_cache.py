@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import threading
+import time
 from pathlib import Path
 
 # For programs whose numbers are compared within a tolerance: they compile in about half the time.
 QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+_MAX_AGE = 30 * 24 * 3600  # seconds: what is older is compiled again, so that programs of old code do not pile up
 
 
 def set_environment() -> None:
@@ -24,17 +27,29 @@ def set_environment() -> None:
     processor = hashlib.sha256(flags.encode()).hexdigest()[:8]
     cache = Path.home() / ".cache" / "qwen3-jax" / "tests" / f"{platform.machine()}-{processor}"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    for entry in cache.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another worker was faster
+            if entry.stat().st_mtime < time.time() - _MAX_AGE:
+                entry.unlink()
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
-def make_writes_atomic() -> None:
-    """A program appears in the cache complete or not at all.
+def repair() -> None:
+    """A program appears in the cache complete or not at all, and only if it can be read back.
 
     JAX writes in place. Several tests kill processes while they may be writing; half an entry would stay forever, and
-    every later process would warn of it and compile again.
+    every later process would warn of it and compile again. A program compiled for a TPU that is not there cannot be
+    read at all.
     """
+    from jax._src import compilation_cache
+    from jax._src.lib import _jax
     from jax._src.lru_cache import _CACHE_SUFFIX, LRUCache
+
+    is_used = compilation_cache.is_cache_used
+    compilation_cache.is_cache_used = lambda backend: (
+        not isinstance(backend, _jax.CompileOnlyPyClient) and is_used(backend)
+    )
 
     def put(self: LRUCache, key: str, value: bytes) -> None:
         entry = Path(str(self.path)) / f"{key}{_CACHE_SUFFIX}"

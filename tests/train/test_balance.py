@@ -22,7 +22,9 @@ from qwen3_jax.model import Qwen3
 from qwen3_jax.ops.moe import RouterStats
 from qwen3_jax.train.heatmap import heat_map
 from qwen3_jax.train.metrics import MetricsLog
-from qwen3_jax.train.step import RouterConfig, TrainState, make_train_step
+from qwen3_jax.train.next_token import NextToken
+from qwen3_jax.train.router import RouterConfig
+from qwen3_jax.train.step import TrainState, make_train_step
 from sharding import MeshConfig, make_mesh, named_shardings, partition_spec
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -41,7 +43,7 @@ CONFIG = dataclasses.replace(
     router_aux_loss_coef=0.5,
 )
 ROWS, LENGTH, EXPERTS, EMPTY_ROW = 8, 16, CONFIG.num_experts, 3
-MODEL = Qwen3(CONFIG, capacity_factor=1.0, group_size=8)
+MODEL = Qwen3(CONFIG, stacked=True, capacity_factor=1.0, group_size=8)
 SCOPES = ("sequence", "micro", "step_running", "step_exact")
 
 
@@ -75,7 +77,7 @@ def params() -> Any:
 def train_step(accumulation: int, router: RouterConfig, aux_coef: float = CONFIG.router_aux_loss_coef) -> Any:
     """The step with plain gradient descent, so that the update is the gradient."""
     model = dataclasses.replace(MODEL, config=dataclasses.replace(CONFIG, router_aux_loss_coef=aux_coef))
-    return jax.jit(make_train_step(model, optax.sgd(1.0), accumulation, router))
+    return jax.jit(make_train_step(NextToken(model, ROWS, LENGTH, router), optax.sgd(1.0), accumulation))
 
 
 def start(weights: Any) -> TrainState:
@@ -113,7 +115,7 @@ def value_and_grad(formula: Any) -> tuple[jax.Array, Any]:
 
 def oracle(stats: RouterStats, accumulation: int) -> dict[str, np.ndarray]:
     """Each scope's loss [L] by its formula, in float64, from what the routers did with each row."""
-    counts, probs, tokens = (np.asarray(x, np.float64) for x in (stats.counts_BE, stats.prob_sum_BE, stats.tokens_B))
+    counts, probs, tokens = (np.asarray(x, np.float64) for x in (stats.counts, stats.prob_sum, stats.tokens))
     micro = [slice(m, None, accumulation) for m in range(accumulation)]
 
     def lbl(count_rows: Any, prob_rows: Any) -> np.ndarray:
@@ -152,7 +154,7 @@ def test_the_scope_is_what_is_trained_on(scope: str) -> None:
     """The balance loss's part of the update is the gradient of its formula, written out over four micro-batches."""
 
     def formula(stats: RouterStats) -> jax.Array:
-        counts, probs, tokens = jax.lax.stop_gradient(stats.counts_BE), stats.prob_sum_BE, stats.tokens_B
+        counts, probs, tokens = jax.lax.stop_gradient(stats.counts), stats.prob_sum, stats.tokens
         micro, values = [slice(m, None, 4) for m in range(4)], []
         if scope == "sequence":
             pairs: list[Any] = [([row], [row]) for row in range(ROWS) if row != EMPTY_ROW]
@@ -218,7 +220,7 @@ def test_z_loss() -> None:
     """The mean over layers and tokens of the squared logsumexp; its part of the update is its gradient."""
 
     def formula(stats: RouterStats) -> jax.Array:
-        return (stats.z_sum_B.sum(axis=1) / stats.tokens_B.sum(axis=1)).mean()
+        return (stats.z_sum.sum(axis=1) / stats.tokens.sum(axis=1)).mean()
 
     value, gradient = value_and_grad(formula)
     update, metrics = run(train_step(4, RouterConfig(z_loss_coef=0.3)), make_batch())
@@ -232,7 +234,7 @@ def test_z_loss() -> None:
 def test_router_series() -> None:
     stats = whole_stats()
     _, metrics = run(train_step(4, RouterConfig()), make_batch())
-    counts = stats.counts_BE.sum(axis=1).astype(np.float64)
+    counts = stats.counts.sum(axis=1).astype(np.float64)
     load = counts / counts.mean(axis=1, keepdims=True)
     gini = np.abs(load[:, :, None] - load[:, None, :]).sum(axis=(1, 2)) / (2 * EXPERTS**2)
     expected = {
@@ -240,8 +242,8 @@ def test_router_series() -> None:
         "load_max": load.max(axis=1),
         "load_min": load.min(axis=1),
         "load_gini": gini,
-        "dropped": stats.dropped_B.sum(axis=1) / counts.sum(axis=1),
-        "entropy": stats.entropy_sum_B.sum(axis=1) / stats.tokens_B.sum(axis=1),
+        "dropped": stats.dropped.sum(axis=1) / counts.sum(axis=1),
+        "entropy": stats.entropy_sum.sum(axis=1) / stats.tokens.sum(axis=1),
     }
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[f"router/{name}"], value, rtol=1e-5, atol=1e-6, err_msg=name)

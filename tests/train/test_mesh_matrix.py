@@ -21,6 +21,7 @@ from flax import linen as nn
 
 from qwen3_jax.model import Qwen3
 from qwen3_jax.optim import OptimizerConfig, make_optimizer, optimizer_shardings
+from qwen3_jax.train.next_token import NextToken
 from qwen3_jax.train.step import TrainState, make_train_step
 from sharding import MeshConfig, make_mesh, named_shardings, partition_spec
 
@@ -40,9 +41,9 @@ MOE = dataclasses.replace(
     DENSE, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, router_aux_loss_coef=0.02
 )
 MODELS = {
-    "dense": Qwen3(DENSE, remat=True),
-    "experts, nothing dropped": Qwen3(MOE, capacity_factor=4.0, group_size=8),
-    "experts, with drops": Qwen3(MOE, capacity_factor=1.0, group_size=8),
+    "dense": Qwen3(DENSE, stacked=True, remat=True),
+    "experts, nothing dropped": Qwen3(MOE, stacked=True, capacity_factor=4.0, group_size=8),
+    "experts, with drops": Qwen3(MOE, stacked=True, capacity_factor=1.0, group_size=8),
 }
 MESHES = {
     "one device": MeshConfig(fsdp=1),
@@ -97,7 +98,7 @@ def run(model: str, mesh_name: str, accumulation: int) -> dict[str, Any]:
     state_shardings = TrainState(shardings, optimizer_shardings(OPTIMIZER, host, shardings, replicated))
     rows = jax.NamedSharding(mesh, partition_spec(("batch", "length"), mesh))
     step_fn = jax.jit(
-        make_train_step(MODELS[model], OPTIMIZER, accumulation),
+        make_train_step(NextToken(MODELS[model], ROWS, LENGTH), OPTIMIZER, accumulation),
         out_shardings=(state_shardings, replicated),
     )
     out: dict[str, Any] = {}

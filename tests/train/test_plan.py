@@ -27,6 +27,7 @@ from qwen3_jax.model import Qwen3
 from qwen3_jax.optim import make_schedule
 from qwen3_jax.tasks.arithmetic import write_dataset
 from qwen3_jax.train import TrainConfig, link_stages
+from qwen3_jax.train.next_token import NextToken
 from qwen3_jax.train.step import TrainState, make_train_step
 
 ROOT = Path(__file__).parents[2]
@@ -175,8 +176,9 @@ def test_a_stage_begins_with_the_weights_that_the_last_one_ended_with(
 
     def loss(model: Any) -> float:
         compute, optimizer = stages[stage].compute, optax.sgd(0.0)
-        network = Qwen3(model, capacity_factor=compute.capacity_factor, group_size=compute.group_size)
-        _, metrics = jax.jit(make_train_step(network, optimizer, 1))(TrainState(params, optimizer.init(params)), batch)
+        network = Qwen3(model, stacked=True, capacity_factor=compute.capacity_factor, group_size=compute.group_size)
+        step = jax.jit(make_train_step(NextToken(network, *batch["tokens"].shape), optimizer))
+        _, metrics = step(TrainState(params, optimizer.init(params)), batch)
         return float(metrics["loss"])
 
     first = metrics_of(directory / "runs" / "whole" / stage)[0]["loss"]

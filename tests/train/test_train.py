@@ -27,12 +27,12 @@ from tensorboardX.proto.event_pb2 import Event
 from tiny import MOE, yaml_fields
 
 from qwen3_jax.config import ModelConfig
-from qwen3_jax.data import DataConfig, SourceConfig
 from qwen3_jax.model import Qwen3
 from qwen3_jax.tasks.arithmetic import write_dataset
 from qwen3_jax.train.flops import train_flops_per_token
 from qwen3_jax.train.metrics import MetricsLog
-from qwen3_jax.train.program import batch_sharding
+from qwen3_jax.train.next_token import NextToken, packed_arrays
+from qwen3_jax.train.objective import batch_structs
 from qwen3_jax.train.step import TrainState, make_train_step
 from sharding import MeshConfig, make_mesh
 
@@ -70,12 +70,11 @@ def one_step(
     accumulation: int, capacity_factor: float | None = 1.0, aux_coef: float = CONFIG.router_aux_loss_coef
 ) -> tuple[TrainState, dict[str, Any]]:
     """One step of plain gradient descent, so that the update is the gradient."""
-    model = Qwen3(
-        dataclasses.replace(CONFIG, router_aux_loss_coef=aux_coef), capacity_factor=capacity_factor, group_size=16
-    )
+    config = dataclasses.replace(CONFIG, router_aux_loss_coef=aux_coef)
+    model = Qwen3(config, stacked=True, capacity_factor=capacity_factor, group_size=16)
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16), jnp.int32)))["params"]
     optimizer = optax.sgd(1.0)
-    step = jax.jit(make_train_step(model, optimizer, accumulation))
+    step = jax.jit(make_train_step(NextToken(model, 8, 32), optimizer, accumulation))
     return step(TrainState(params, optimizer.init(params)), make_batch(8))
 
 
@@ -264,6 +263,5 @@ def test_bad_configuration_is_one_line_and_exit_code_2(run_file: Path, overrides
 
 def test_a_sequence_that_the_context_axis_cannot_cut_is_refused() -> None:
     mesh = make_mesh(MeshConfig(fsdp=1, context=4, tensor=2))
-    data = DataConfig((SourceConfig("a", ("a.txt",)),), "tokenizer", sequence_length=36, batch_size=4)
     with pytest.raises(ValueError, match=r"^sequence_length: 36 on mesh\.context 4, .* a multiple of 8 fits$"):
-        batch_sharding(data, mesh, 1)
+        batch_structs(packed_arrays(4, 36), mesh)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen3_jax.checkpoint import Checkpointer, find_verified
 from qwen3_jax.train.metrics import MetricsLog
-from qwen3_jax.train.output import check_output
+from qwen3_jax.train.run_directory import check_writable
 
 
 def weights(devices: int = 1, rows: int = 64) -> dict[str, jax.Array]:
@@ -157,7 +157,7 @@ def test_a_disk_that_fills_up_is_named_and_nothing_half_written_counts(small_dis
             for step in range(1, 8):
                 checkpointer.save(step, many, moment, {}, {})
 
-    with pytest.raises(OSError, match=rf"^checkpoint (\d+): '{small_disk}': No space left on device; nothing of it"):
+    with pytest.raises(OSError, match=rf"^checkpoint (\d+): '{small_disk}': No space left on device; it was not saved"):
         fill()
     found = find_verified(small_disk, pytest.fail)
     assert found is not None
@@ -187,17 +187,17 @@ def test_metrics_that_no_longer_fit_on_the_disk_end_the_run(small_disk: Path) ->
 
 def test_a_bucket_with_one_slash_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^output_dir: 'gs:/bucket/run'; gs://bucket/run fits$"):
-        check_output("gs:/bucket/run")
+        check_writable("gs:/bucket/run")
 
 
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"^output_dir: '.*file/out': Not a directory; a directory that can be"):
-        check_output(str(tmp_path / "file" / "out"))
+        check_writable(str(tmp_path / "file" / "out"))
     (tmp_path / "source").mkdir()
     mount(str(tmp_path / "source"), tmp_path / "readonly", "--bind", "-o", "ro")
     try:
         with pytest.raises(ValueError, match=r"^output_dir: '.*readonly': Read-only file system; a directory"):
-            check_output(str(tmp_path / "readonly"))
+            check_writable(str(tmp_path / "readonly"))
     finally:
         unmount(tmp_path / "readonly")

@@ -17,6 +17,7 @@ from tiny import DENSE
 
 from qwen3_jax.model import Qwen3
 from qwen3_jax.train.guard import Guard, GuardedState, skip_bad_steps
+from qwen3_jax.train.next_token import NextToken
 from qwen3_jax.train.step import TrainState, make_train_step
 
 CONFIG = dataclasses.replace(
@@ -51,8 +52,8 @@ def batch(seed: int, weight: float = GOOD, scale: int = 1) -> dict[str, jax.Arra
 @functools.cache
 def guarded(spike_factor: float | None) -> tuple[Callable[[Any, Any], Any], Callable[[], GuardedState]]:
     """The compiled step, which is given its state to keep, and what makes a first one."""
-    model, optimizer = Qwen3(CONFIG), optax.adamw(0.01)
-    step = skip_bad_steps(make_train_step(model, optimizer, 1), spike_factor)
+    model, optimizer = Qwen3(CONFIG, stacked=True), optax.adamw(0.01)
+    step = skip_bad_steps(make_train_step(NextToken(model, ROWS, LENGTH), optimizer), spike_factor)
 
     def first() -> GuardedState:
         params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))["params"]

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -21,11 +20,13 @@ METRICS = "metrics.jsonl"
 _EVERY = 60.0  # seconds between copies to a bucket
 
 
-def check_output(output_dir: str) -> None:
+def check_writable(output_dir: str) -> None:
     """ValueError unless files can be made in `output_dir`, which is made itself if it is on a disk."""
     if re.match(r"\w+:/(?!/)", output_dir):
         raise ValueError(f"output_dir: {output_dir!r}; {output_dir.replace(':/', '://', 1)} fits")
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it would trace what is raised here in one line
+    logging.getLogger("gcsfs").setLevel(
+        logging.CRITICAL
+    )  # it would print a traceback for what is raised below in one line
     try:
         directory = epath.Path(output_dir)
         if "://" not in output_dir:  # a bucket has no directories, and gcsfs would make the bucket
@@ -39,10 +40,11 @@ def check_output(output_dir: str) -> None:
         ) from None
 
 
-class Output:
-    """A run's output_dir. Checkpoints go straight there. So do all other files on a disk; for a bucket, whose objects
-    cannot be appended to, they are written to a directory of this machine and copied: every minute, before each
-    checkpoint, and on leaving the context.
+class RunDirectory:
+    """A run's output_dir. Checkpoints are written to it directly, and so are all other files if it is on a disk.
+
+    Objects in a bucket cannot be appended to: other files are written to a directory of this machine and copied every
+    minute, before each checkpoint, and on leaving the context.
 
     Attributes:
       directory: output_dir itself. checkpoints: in it. files: where this process writes everything else.
@@ -52,7 +54,7 @@ class Output:
     """
 
     def __init__(self, output_dir: str) -> None:
-        check_output(output_dir)
+        check_writable(output_dir)
         self.directory = epath.Path(output_dir)
         self.checkpoints = self.directory / CHECKPOINTS
         self._in_bucket = "://" in output_dir
@@ -96,19 +98,17 @@ class Output:
                     raise OSError(f"{str(target)!r}: {reason_of(error)}") from error
                 self._copied[file] = state
 
-    def __enter__(self) -> Output:
+    def __enter__(self) -> RunDirectory:
         if self._in_bucket:
             threading.Thread(target=self._publish_regularly, daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: Any) -> None:
         self._left.set()
         try:
             self.publish()
         except OSError:
-            if error is None:
+            if raised[1] is None:
                 raise
         finally:
             if self._in_bucket:

@@ -1,0 +1,80 @@
+"""Golden loss curves: a refactoring must not change them. Whoever changes the mathematics, the data or their order on
+purpose replaces the numbers by those that the failing assertion prints, and says why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import qwen3_jax
+from qwen3_jax.cli.config_file import load_config, load_stages
+from qwen3_jax.tasks.arithmetic import training_records
+from qwen3_jax.train import TrainConfig
+from qwen3_jax.train.feed import FileFeed
+from qwen3_jax.train.guard import Guard, GuardedState
+from qwen3_jax.train.pretrain import next_token
+from qwen3_jax.train.program import TrainProgram
+from qwen3_jax.train.step import TrainState
+from sharding import make_mesh
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TOKENIZER = Path(qwen3_jax.__file__).parent / "assets" / "qwen3-tiny"  # one that no test has to make first
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The records where the configurations look for them."""
+    directory = tmp_path_factory.mktemp("golden")
+    lines = "".join(json.dumps(record) + "\n" for record in training_records(300, seed=0))
+    for name in ("tiny", "toy"):
+        (directory / "runs" / name / "data").mkdir(parents=True)
+        (directory / "runs" / name / "data" / "train.jsonl").write_text(lines)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        yield
+
+
+def losses(config: TrainConfig, params: Any = None) -> tuple[list[float], Any]:
+    """Of the first four steps, from random weights or from these, on one device; and the weights after them."""
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    program = TrainProgram(config, next_token(config), mesh)
+    feed = FileFeed(config.data, mesh, config.accumulation)
+    series = []
+    with jax.set_mesh(mesh):
+        params = program.init(jax.random.key(config.seed)) if params is None else params
+        state = GuardedState(
+            TrainState(params, program.init_optimizer(params)), jax.device_put(Guard.create(), program.replicated)
+        )
+        # Compiles in half the time; that the numbers depend on it by more than rounding would be a fault.
+        step = program.lower().compile({"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
+        for _ in range(4):
+            state, metrics = step(state, feed.next(state.train.params))
+            series.append(float(metrics["loss"]))
+    return series, state.train.params
+
+
+def test_tiny() -> None:
+    words = ["--data.tokenizer", str(TOKENIZER), "--data.sequence_length", "64", "--optimizer.warmup_steps", "1"]
+    series, _ = losses(load_config(TrainConfig, CONFIGS / "tiny" / "pretrain.yaml", words))
+    np.testing.assert_allclose(series, [6.1284227, 6.1462593, 5.7349386, 5.1091232], rtol=1e-5)
+
+
+def test_the_toy_stages() -> None:
+    """Each goes on with the weights of the one before: with one layer, and a warm-up that the steps get to see."""
+    words = ["--data.tokenizer", str(TOKENIZER), "--model.num_hidden_layers", "1", "--optimizer.warmup_steps", "1"]
+    found, params = {}, None
+    for name, config in load_stages(TrainConfig, CONFIGS / "pretrain" / "toy.yaml", words).items():
+        found[name], params = losses(config, params)
+    expected = {
+        "s1": [6.239772, 6.167376, 5.384130, 4.860114],
+        "s2": [4.466781, 4.444547, 4.146227, 3.922179],
+        "s3": [4.037728, 4.101278, 4.054338, 3.972134],
+    }
+    assert found.keys() == expected.keys(), found
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
