@@ -26,7 +26,8 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, database=No
 hypothesis.settings.load_profile("repeatable")
 
 # `make test-quick`: parity of layers and model, the rules of the budget, the pool, train steps and
-# their resumption, one mesh, checkpoints both ways, the chat template, refusals of configs.
+# their resumption, one mesh and its traffic, checkpoints both ways, the chat template, refusals of configs, compiled
+# text, private parts of other packages.
 QUICK = (
     "tests/aot/test_hlo.py",
     "tests/aot/test_cost.py",
