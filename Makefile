@@ -49,7 +49,7 @@ clean:
 	rm -rf $(VENV) runs
 
 $(VENV)/bin/pip:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: PYTHON: $(PYTHON) is too old; 3.11 or newer fits"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: PYTHON: $(PYTHON) is too old; use 3.11 or newer"; exit 2; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) cannot make virtual environments; install its venv package (Debian: python3-venv)"; exit 2; }
 
 $(VENV)/.run: pyproject.toml | $(VENV)/bin/pip

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from qwen3_jax.aot import Program, dearest_loop, read_program
+from qwen3_jax.aot import Program, costliest_loop, read_program
 from qwen3_jax.aot.hlo import HBM, Array
 from qwen3_jax.aot.programs import DecodeConfig, decode_shapes, decode_step, use_compiler
 from qwen3_jax.aot.report import compile_report
@@ -78,7 +78,7 @@ def measure(config: DecodeConfig) -> str:
     program = read_program(texts[0])
     key = decode_shapes(config, work.mesh).state.cache.keys[0]
     axes = tuple(sorted(size for size in key.sharding.shard_shape(key.shape) if size > 1))
-    copies = [cache_copies(program, name, axes) for name in (dearest_loop(program), program.entry)]
+    copies = [cache_copies(program, name, axes) for name in (costliest_loop(program), program.entry)]
     times = [1e3 * seconds for seconds in (report.floor_s, report.step_s, report.seconds["collectives"])]
     floor, step, exposed = (f"{time:.2f}" for time in times)
     moved = f"{report.work['hbm'] / 1e6:,.0f}"

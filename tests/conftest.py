@@ -27,17 +27,22 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, database=No
 hypothesis.settings.load_profile("repeatable")
 
 # `make test-quick`: parity of layers and model, the rules of the budget, the pool, train steps and
-# their resumption, one mesh, checkpoints both ways, the chat template, refusals of configs.
+# their resumption, one mesh and its traffic, checkpoints both ways, the chat template, refusals of configs, compiled
+# text, private parts of other packages.
 QUICK = (
+    "tests/aot/test_hlo.py",
+    "tests/aot/test_cost.py",
     "tests/data/test_data_packing.py",
     "tests/decode/test_decode_pool.py",
     "tests/decode/test_decode_rules.py",
     "tests/hf/",
     "tests/ops/test_loss.py",
     "tests/ops/test_moe.py",
+    "tests/ops/test_moe_mesh.py::test_traffic",
     "tests/parity/",
     "tests/sharding/test_sharding.py",
     "tests/test_config.py",
+    "tests/test_private_parts.py",
     "tests/text/test_chat.py",
     "tests/train/test_mesh_matrix.py::test_the_mesh_changes_nothing[experts, with drops-fsdp 2, expert 2, tensor 2-4]",
     "tests/train/test_train.py",
@@ -81,6 +86,21 @@ def quick_compile() -> Iterator[None]:
     yield
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
+
+
+@pytest.fixture
+def tpu_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For tests that compile for TPUs in their own process: takes back what `use_compiler` changes there."""
+    pytest.importorskip("libtpu", reason="libtpu is for Linux x86-64 only")
+    import jax
+
+    from qwen3_jax.aot.programs import use_compiler
+
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.setenv(name, "")
+    use_compiler()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,7 @@
-"""How long a step of a compiled program takes, what it multiplies, moves and sends, by an account of its schedule.
+"""Estimates the time, FLOPs, HBM traffic and collectives of one step of a compiled program from its schedule.
 
-Read from the scheduled HLO of XLA:TPU, nothing is timed. An estimate for comparing programs that leans low: see
-`read_cost` for the model.
+The scheduled HLO of XLA:TPU is read; nothing is timed. The estimate is for comparing programs, and it tends to be too
+low. `read_cost` describes the model.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from qwen3_jax.chips import CHIPS, Chip
 
 Kind = Literal["matmul", "kernel", "other", "copy", "offload", "collective"]
 
-_VMEM_SPEED = 20  # times HBM's bandwidth
+_VMEM_SPEED = 20  # VMEM's bandwidth over HBM's
 _FREE = frozenset(
     """parameter constant tuple get-tuple-element bitcast opt-barrier after-all partition-id replica-id iota
     add-dependency domain""".split()
 )
-_SLICES = ("slice", "dynamic-slice", "gather")  # read of operand 0 no more than they return
-_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # operand 0 becomes the result; the operand that is written
+_SLICES = ("slice", "dynamic-slice", "gather")  # read from operand 0 only what they return
+_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # update operand 0 in place: which operand is the update
+_WINDOW = {"size": 1, "stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1}  # of a convolution, with XLA's defaults
 _VIEWS = ("bitcast", "reshape", "get-tuple-element")
 _COLLECTIVES = (
     "all-gather",
@@ -38,13 +39,14 @@ _COLLECTIVES = (
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An instruction of the schedule with all its runs in a step.
+    """An instruction of the schedule, with all its runs in one step.
 
-    kind: "copy" is between HBM and VMEM beside the computation, "offload" on SparseCore beside it.
-    op: of HLO; of a collective without -start. op_name: where in the Python program it comes from. shape: its type.
-    count: runs. seconds, flops, bytes: of all runs; bytes of HBM, of a collective those that it gathers or reduces.
-    group_size, synchronous, exposed_s: of a collective: its devices; whether nothing can run beside it; for how long
-      the chip waits for it, and for others before it on the links.
+    kind: "copy" is an asynchronous copy between HBM and VMEM, "offload" an asynchronous computation on SparseCores.
+    op: the HLO operation, of a collective without "-start". op_name: its place in the Python program. shape: its type.
+    count: number of runs. seconds, flops, bytes: totals over all runs. bytes: HBM traffic; for a collective, the bytes
+      that are gathered or reduced.
+    group_size, synchronous, exposed_s: for a collective, its number of devices, whether nothing runs beside it, and the
+      seconds that the chip waits for it and for earlier collectives on the same links.
     """
 
     kind: Kind
@@ -61,19 +63,13 @@ class Operation:
     exposed_s: float = 0.0
 
     def times(self, n: float) -> Operation:
-        return dataclasses.replace(
-            self,
-            count=self.count * n,
-            seconds=self.seconds * n,
-            flops=self.flops * n,
-            bytes=self.bytes * n,
-            exposed_s=self.exposed_s * n,
-        )
+        totals = ("count", "seconds", "flops", "bytes", "exposed_s")
+        return dataclasses.replace(self, **{name: getattr(self, name) * n for name in totals})
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Collectives of one sort added up; fields as in `Operation`."""
+    """The sum over collectives of one kind; the fields are those of `Operation`."""
 
     kind: str
     group_size: int
@@ -86,10 +82,10 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a step costs one device.
+    """The cost of a step on one device.
 
-    operations: those that cost anything, the dearest first. timeline_s: how long the schedule takes.
-    unknown_loops: `while` instructions whose trips data decides.
+    operations: those that cost anything, in order of their time. timeline_s: duration of the schedule.
+    unknown_loops: `while` instructions whose number of trips depends on data.
     """
 
     chip: Chip
@@ -103,7 +99,7 @@ class Cost:
 
     @property
     def hbm_floor_s(self) -> float:
-        """No schedule moves the HBM bytes in less."""
+        """Seconds that the HBM traffic takes at full bandwidth: no schedule is faster."""
         return self.hbm_bytes / self.chip.hbm_bandwidth
 
     @property
@@ -111,49 +107,25 @@ class Cost:
         return sum(o.bytes for o in self.operations if o.kind != "collective")
 
     @property
-    def matmul_s(self) -> float:
-        return self._seconds("matmul")
-
-    @property
-    def kernel_s(self) -> float:
-        return self._seconds("kernel")
-
-    @property
-    def other_s(self) -> float:
-        return self._seconds("other")
-
-    @property
-    def collective_s(self) -> float:
-        return self._seconds("collective")
-
-    @property
     def exposed_s(self) -> float:
-        """Of the collectives' seconds those that no computation hides."""
+        """Seconds of collectives that no computation hides."""
         return sum(o.exposed_s for o in self.operations)
 
-    @property
-    def matmul_flops(self) -> float:
-        return sum(o.flops for o in self.operations if o.kind == "matmul")
+    def seconds(self, kind: Kind) -> float:
+        return sum(o.seconds for o in self.operations if o.kind == kind)
 
-    @property
-    def kernel_flops(self) -> float:
-        return sum(o.flops for o in self.operations if o.kind == "kernel")
+    def flops(self, kind: Kind) -> float:
+        return sum(o.flops for o in self.operations if o.kind == kind)
 
     @property
     def collectives(self) -> tuple[Collective, ...]:
-        """By operation, group size, and whether they are synchronous; the dearest first."""
-        sums: dict[tuple[str, int, bool], Collective] = {}
+        """Summed by operation, group size and whether they are synchronous; in order of their time."""
+        sums: dict[tuple[str, int, bool], tuple[float, ...]] = {}
         for o in self.operations:
             if o.kind == "collective":
-                key = (o.op, o.group_size, o.synchronous)
-                c = sums.get(key) or Collective(*key, 0, 0, 0, 0)
-                sums[key] = Collective(
-                    *key, c.count + o.count, c.bytes + o.bytes, c.seconds + o.seconds, c.exposed_s + o.exposed_s
-                )
-        return tuple(sorted(sums.values(), key=lambda c: -c.seconds))
-
-    def _seconds(self, kind: Kind) -> float:
-        return sum(o.seconds for o in self.operations if o.kind == kind)
+                key, numbers = (o.op, o.group_size, o.synchronous), (o.count, o.bytes, o.seconds, o.exposed_s)
+                sums[key] = tuple(map(sum, zip(sums.get(key, (0, 0, 0, 0)), numbers, strict=True)))
+        return tuple(sorted((Collective(*key, *total) for key, total in sums.items()), key=lambda c: -c.seconds))
 
 
 def read_cost(
@@ -167,25 +139,25 @@ def read_cost(
 ) -> Cost:
     """The cost of a scheduled program, `compiled.as_text()`.
 
-    - Matrix products, and what is fused with them: the compiler's own `estimated_cycles`, at the chip's clock.
-    - Pallas kernels: their roofline, FLOPs at the chip's peak or bytes at its bandwidth.
-    - Everything else: the bytes that it moves, at HBM's bandwidth, or at VMEM's, 20 times that.
-    - Collectives: the bytes that a ring sends over the links of the torus axes that the group spans; hidden under what
-      the schedule puts between their start and their end. They share the links.
-    - Loops run as often as their condition says; of a conditional the branch that takes longest runs.
-    - A step never takes less than all its HBM bytes at HBM's bandwidth; copies between HBM and VMEM beside the
-      computation count there alone.
+    - Matrix products, and what is fused with them, take the compiler's own `estimated_cycles` at the chip's clock.
+    - Pallas kernels take their roofline: FLOPs at the chip's peak or bytes at its bandwidth, whichever is longer.
+    - Everything else takes its bytes at the bandwidth of HBM, or of VMEM (20 times HBM's).
+    - Collectives take the bytes that a ring sends, over the links of the torus axes that the group spans. They share
+      the links. What the schedule puts between their start and their end hides them.
+    - Loops run as often as their condition says. Of a conditional, the branch that takes longest runs.
+    - A step takes at least its HBM bytes at HBM's bandwidth. Asynchronous copies between HBM and VMEM count only there.
 
-    Not in it: transfers to the host and between slices, launches, gathers and sorts at less than HBM's bandwidth,
-    imbalance, what collectives read and write in HBM. Of a fused computation each parameter is read once, or what is
-    sliced out of it; updates in place write the update; what it carries of a collective in flight stays where it is.
-    Bytes are those of elements, without what tiles pad.
+    Not counted: transfers to the host and between slices, launches, gathers and sorts slower than HBM's bandwidth,
+    imbalance, and what collectives read and write in HBM. A fused computation reads each parameter once, or only what
+    it slices out of it; an update in place writes the update; a collective in flight that a fusion carries from operand
+    to result moves nothing. Bytes are those of elements, without the padding of tiles.
 
     Args:
-      coords: of the devices in the order of the mesh, to tell the torus axes of a collective; without, one ring.
-      computation: to cost instead of the entry, such as a loop's body.
+      coords: the devices' coordinates, in the order of the mesh; they give the torus axes of a collective. Without
+        them every group is one ring.
+      computation: the computation to read instead of the entry, for instance a loop's body.
       kernel_share: the share of its roofline that a kernel reaches.
-      unknown_trips: of loops whose trips data decides.
+      unknown_trips: the number of trips of loops whose trips depend on data.
     """
     program = read_program(text) if isinstance(text, str) else text
     reader = _Reader(program, chip, coords, kernel_share, unknown_trips)
@@ -194,29 +166,30 @@ def read_cost(
     return Cost(chip, tuple(operations), run.now, tuple(reader.unknown_loops))
 
 
-def dearest_loop(program: Program) -> str:
-    """The body of the entry's loop that moves most HBM bytes in one trip: of a decoding program, the step.
+def costliest_loop(program: Program) -> str:
+    """The body of the entry's loop that moves most HBM bytes in one trip; in a decoding program that is the step.
 
-    ValueError where the entry has no loop.
+    Raises:
+      ValueError: the entry has no loop.
     """
     bodies = [i.computation("body") for i in program.computations[program.entry].values() if i.op == "while"]
     if not bodies:
-        raise ValueError("program: its entry has no loop; a program that decodes fits")
+        raise ValueError("program: its entry has no loop; use a decoding program")
     any_chip = next(iter(CHIPS.values()))  # bytes are the same on all
     return max(bodies, key=lambda body: read_cost(program, any_chip, computation=body).hbm_bytes)
 
 
 class _Run:
-    """One run of a computation while it unfolds: the time, what has run, and what is in flight beside it."""
+    """The state of one simulated run of a computation: the time, what has run, and what is in flight."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self.operations: list[Operation] = []
-        self._links_free = [0.0, 0.0]  # from when on, in either direction
-        self._flights: dict[str, list[tuple[float, int | None]]] = {}  # when it lands, and its place in operations
+        self._links_free = [0.0, 0.0]  # when the links are free, in each direction
+        self._flights: dict[str, list[tuple[float, int | None]]] = {}  # end, and index into `operations`
 
     def do(self, operation: Operation) -> None:
-        """What holds the chip up."""
+        """Runs an operation that blocks the chip."""
         self.operations.append(operation)
         self.now += operation.seconds
 
@@ -225,30 +198,30 @@ class _Run:
         self.now += run.now * times
 
     def send(self, key: str, collective: Operation) -> None:
-        """Starts a collective: a permutation in the direction that is free first, others in both."""
+        """Starts a collective: a permutation uses the direction that is free first, others use both."""
         first = min(self._links_free)
         directions = [self._links_free.index(first)] if collective.op == "collective-permute" else [0, 1]
-        lands = max(self.now, *(self._links_free[k] for k in directions)) + collective.seconds
+        end = max(self.now, *(self._links_free[k] for k in directions)) + collective.seconds
         for k in directions:
-            self._links_free[k] = lands
-        self._flights.setdefault(key, []).append((lands, len(self.operations)))
+            self._links_free[k] = end
+        self._flights.setdefault(key, []).append((end, len(self.operations)))
         self.operations.append(collective)
 
     def offload(self, key: str, run: _Run) -> None:
-        """Starts a computation on SparseCore."""
+        """Starts a computation on the SparseCores."""
         self.operations += [dataclasses.replace(operation, kind="offload") for operation in run.operations]
         self._flights.setdefault(key, []).append((self.now + run.now, None))
 
-    def flies(self, key: str) -> bool:
+    def in_flight(self, key: str) -> bool:
         return key in self._flights
 
     def wait(self, key: str) -> None:
-        """Until what was started has landed."""
-        for lands, place in self._flights.pop(key, []):
-            idle = max(0.0, lands - self.now)
-            if place is not None:
-                sent = self.operations[place]
-                self.operations[place] = dataclasses.replace(sent, exposed_s=sent.exposed_s + idle)
+        """Waits for what was started under `key`."""
+        for end, index in self._flights.pop(key, []):
+            idle = max(0.0, end - self.now)
+            if index is not None:
+                sent = self.operations[index]
+                self.operations[index] = dataclasses.replace(sent, exposed_s=sent.exposed_s + idle)
             self.now += idle
 
     def wait_all(self) -> None:
@@ -256,20 +229,20 @@ class _Run:
             self.wait(key)
 
 
+@dataclasses.dataclass
 class _Reader:
-    def __init__(
-        self,
-        program: Program,
-        chip: Chip,
-        coords: Sequence[Sequence[int]] | None,
-        kernel_share: float,
-        unknown_trips: float,
-    ) -> None:
-        self._computations = program.computations
-        self._program, self._chip, self._coords = program, chip, coords
-        self._kernel_share, self._unknown_trips = kernel_share, unknown_trips
+    """Simulates a program; the fields are the arguments of `read_cost`. unknown_loops: those that were met."""
+
+    program: Program
+    chip: Chip
+    coords: Sequence[Sequence[int]] | None
+    kernel_share: float
+    unknown_trips: float
+    unknown_loops: list[str] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._computations = self.program.computations
         self._flops_of: dict[str, float] = {}
-        self.unknown_loops: list[str] = []
 
     def run(self, name: str) -> _Run:
         """One run of a computation of the schedule."""
@@ -303,20 +276,20 @@ class _Reader:
         return run
 
     def _trips(self, scope: Computation, loop: Instruction) -> float:
-        trips = self._program.trip_count(scope, loop)
+        trips = self.program.trip_count(scope, loop)
         if trips is None:
             self.unknown_loops.append(loop.name)
-            return self._unknown_trips
+            return self.unknown_trips
         return trips
 
     def _fusion(self, run: _Run, scope: Computation, i: Instruction) -> None:
-        """A fusion may hold a collective: start it, carry it along in the air, land it (all with one channel), or run
-        it beside its own computation."""
+        """A fusion may hold a collective. It starts it, carries it while it is in flight, or ends it (all with one
+        channel), or it runs it beside its own computation."""
         fused = self._computations[i.computation("calls")]
         sent = list(self._collectives(fused))
         if not sent:
             return self._compute(run, scope, i)
-        if "AllReduceScatterFusion" in i.attributes:  # an all-reduce of which a device keeps its slice: half the way
+        if "AllReduceScatterFusion" in i.attributes:  # each device keeps its slice: half the time
             for collective in sent:
                 half = dataclasses.replace(
                     collective, op="reduce-scatter", op_name=i.op_name, seconds=collective.seconds / 2
@@ -329,7 +302,7 @@ class _Reader:
         if "AsyncCollectiveDone" in targets:
             return run.wait(channel)
         starts = "AsyncCollectiveStart" in targets
-        alone = not starts and not run.flies(channel)
+        alone = not starts and not run.in_flight(channel)
         if starts or alone:
             for collective in sent:
                 run.send(channel, dataclasses.replace(collective, synchronous=False))
@@ -339,20 +312,20 @@ class _Reader:
             run.wait(channel)
 
     def _compute(self, run: _Run, scope: Computation, i: Instruction) -> None:
-        """A matrix product, a kernel, or anything else that only moves bytes."""
+        """A matrix product, a kernel, or an operation whose bytes are its cost."""
         if i.op == "custom-call" and "tpu_custom_call" not in i.attributes:
             return  # bookkeeping such as AllocateBuffer
         moved = [0.0, 0.0]
         for space, size in self._moved(scope, i):
             if space in (HBM, VMEM):
                 moved[space] += size
-        chip = self._chip
+        chip = self.chip
         seconds = max(moved[HBM], moved[VMEM] / _VMEM_SPEED) / chip.hbm_bandwidth
         kind: Kind = "other"
         flops = 0.0
         if i.op == "custom-call":
             kind, flops = "kernel", _kernel_flops(scope, i)
-            seconds = max(seconds, flops / chip.peak_flops) / self._kernel_share
+            seconds = max(seconds, flops / chip.peak_flops) / self.kernel_share
         elif i.op in ("dot", "convolution", "fusion"):
             flops = self._flops(i.computation("calls")) if i.op == "fusion" else _dot_flops(scope, i)
             if flops:
@@ -369,7 +342,7 @@ class _Reader:
     # FLOPs
 
     def _flops(self, name: str) -> float:
-        """Of the matrix products in a fused computation."""
+        """FLOPs of the matrix products in a fused computation."""
         if name not in self._flops_of:
             scope, flops = self._computations[name], 0.0
             for i in scope.values():
@@ -384,7 +357,7 @@ class _Reader:
     # Bytes
 
     def _moved(self, scope: Computation, i: Instruction) -> Iterator[tuple[int, float]]:
-        """`(memory space, bytes)` of what an instruction reads and writes."""
+        """`(memory space, bytes)` of everything that an instruction reads and writes."""
         sources = [scope[name].arrays for name in i.operands]
         if i.op == "fusion":
             fused = self._computations[i.computation("calls")]
@@ -408,9 +381,9 @@ class _Reader:
             yield array.space, array.bytes
 
     def _read(self, fused: Computation, source: Instruction, updated: bool = False) -> float:
-        """Bytes that a fused computation reads of `source`: what it slices out of it, or all.
+        """Bytes that a fused computation reads of `source`: only what it slices out of it, or all.
 
-        updated: `source` is what an update in place has made of it; to be the result then costs no read.
+        updated: `source` has been updated in place; returning it then costs no read.
         """
         whole, read = source.bytes, 0.0
         if source.root and not updated:
@@ -425,19 +398,20 @@ class _Reader:
             elif user.op == "fusion":
                 inner = self._computations[user.computation("calls")]
                 read += self._read(inner, inner.parameters[k], updated)
-            elif user.op != "tuple" and user.op not in _COLLECTIVES:  # handed on where it lies, or in flight
+            elif user.op != "tuple" and user.op not in _COLLECTIVES:  # a tuple and a collective in flight read nothing
                 return whole
         return min(read, whole)
 
     def _written(self, fused: Computation, result: Instruction) -> float:
-        """Bytes that a result of a fused computation writes: of a parameter updated in place the updates, else all."""
-        if result.op == "parameter" or result.op in _COLLECTIVES:  # of a collective that is carried along
+        """Bytes that a result of a fused computation writes: the updates if it is a parameter updated in place, else
+        all."""
+        if result.op == "parameter" or result.op in _COLLECTIVES:  # part of a collective that the fusion carries
             return 0.0
         base, updates = self._updates(fused, result)
         return min(updates, result.bytes) if base is not None and updates else result.bytes
 
     def _updates(self, fused: Computation, i: Instruction) -> tuple[Instruction | None, float]:
-        """The parameter that becomes `i` by updates in place alone, where there is one, and the updates' bytes."""
+        """The parameter that becomes `i` by updates in place alone (None: there is none), and the updates' bytes."""
         if i.op == "parameter":
             return i, 0.0
         written, base = 0.0, i.operands[0] if i.operands else None
@@ -458,7 +432,7 @@ class _Reader:
     # Collectives
 
     def _collectives(self, scope: Computation) -> Iterator[Operation]:
-        """Those in a computation that a fusion or an asynchronous call runs."""
+        """The collectives in a computation that a fusion or an asynchronous call runs."""
         for i in scope.values():
             if i.op.removesuffix("-start") in _COLLECTIVES:
                 yield self._collective(scope, i)
@@ -466,18 +440,18 @@ class _Reader:
                 yield from self._collectives(self._computations[_callee(i)])
 
     def _collective(self, scope: Computation, i: Instruction) -> Operation:
-        """A ring over a torus axis sends in both directions where it closes; several axes share the bytes. Of an
-        all-to-all half crosses the middle of the axis, where its links are the fewest."""
+        """A ring over a torus axis sends in both directions if it closes; several axes share the bytes. Half of an
+        all-to-all crosses the middle of the axis, which has the fewest links."""
         op = i.op.removesuffix("-start")
         given = sum(scope[name].bytes for name in i.operands)
         if op == "collective-permute":
             group, size = 2, given
-            seconds = size / self._chip.ici_bandwidth
+            seconds = size / self.chip.ici_bandwidth
         else:
-            devices = i.replica_group() or list(range(self._program.partitions))
+            devices = i.replica_group() or list(range(self.program.partitions))
             group, axes = len(devices), self._torus_axes(devices)
             size = given
-            if op in ("all-gather", "ragged-all-to-all"):  # a start's type lists what it is given and what it returns
+            if op in ("all-gather", "ragged-all-to-all"):  # a start's type has operands and results
                 size = i.bytes - given if i.op.endswith("-start") else i.bytes
             if op in ("all-to-all", "ragged-all-to-all"):
                 size = max(size, given)
@@ -491,16 +465,16 @@ class _Reader:
         )
 
     def _torus_axes(self, devices: Sequence[int]) -> list[tuple[int, float]]:
-        """`(devices along it, bytes/s that one of them sends)` of the torus axes that a group spans."""
-        link = self._chip.ici_bandwidth
-        if self._coords is None:
+        """`(devices along the axis, bytes/s that each of them sends)` for each torus axis that a group spans."""
+        link = self.chip.ici_bandwidth
+        if self.coords is None:
             return [(len(devices), 2 * link)]
-        shape = [max(c[axis] for c in self._coords) + 1 for axis in range(3)]
+        shape = [max(c[axis] for c in self.coords) + 1 for axis in range(3)]
         axes = []
         for axis in range(3):
-            extent = len({self._coords[device][axis] for device in devices})
+            extent = len({self.coords[device][axis] for device in devices})
             if extent > 1:
-                closed = extent == shape[axis] and self._chip.wraps(shape, axis)
+                closed = extent == shape[axis] and self.chip.wraps(shape, axis)
                 axes.append((extent, (2 if closed else 1) * link))
         return axes or [(len(devices), 2 * link)]  # the cores of one chip
 
@@ -510,7 +484,7 @@ def _callee(i: Instruction) -> str:
 
 
 def _is_view(i: Instruction) -> bool:
-    """Whether an instruction of a fused computation is its operand, moved nowhere; some fusions change tiles alone."""
+    """Whether an instruction of a fused computation moves nothing; some fusions only change tiles."""
     return i.op in _VIEWS or "output_to_operand_aliasing={{}: (0, {})}" in i.attributes
 
 
@@ -519,14 +493,14 @@ def _space(arrays: Sequence[Array]) -> int:
 
 
 def _copied(i: Instruction) -> float:
-    """HBM bytes of an asynchronous copy or slice, whose type is (destination, source, context), a slice's the source
-    first."""
+    """HBM bytes of an asynchronous copy or slice. The type of a copy is (destination, source, context), that of a slice
+    (source, destination, context)."""
     ends = i.arrays[:2]
     return min(end.bytes for end in ends) * sum(end.space == HBM for end in ends)
 
 
 def _dot_flops(scope: Computation, i: Instruction) -> float:
-    """2 for each multiplication of a matrix product, which XLA:TPU writes as a convolution; what is padded is none."""
+    """2 for each multiplication of a matrix product. XLA:TPU writes it as a convolution; its padding is not counted."""
     left, right = (scope[name].dims for name in i.operands[:2])
     if i.op == "dot":
         contracted = i.attribute(r"\blhs_contracting_dims=\{([\d,]*)\}") or ""
@@ -535,54 +509,31 @@ def _dot_flops(scope: Computation, i: Instruction) -> float:
     assert labels is not None, f"{i.name} has no dim_labels"
     data, kernel, out = labels.groups()
     window = dict(part.split("=") for part in (i.attribute(r"\bwindow=\{([^}]*)\}") or "").split())
-    flops = 2.0 * i.dims[out.index("b")] * i.dims[out.index("f")] * right[kernel.index("i")]
-    for k, axis in enumerate(sorted(label for label in kernel if label.isdigit())):
+    axes = sorted(filter(str.isdigit, kernel))
 
-        def of(key: str, default: str, k: int = k) -> int:
-            return int(window[key].split("x")[k].split("_")[0]) if key in window else int(default)
-
-        flops *= _products(
-            left[data.index(axis)],
-            i.dims[out.index(axis)],
-            of("size", "1"),
-            stride=of("stride", "1"),
-            pad=of("pad", "0"),
-            left_dilation=of("lhs_dilate", "1"),
-            right_dilation=of("rhs_dilate", "1"),
+    def given(key: str, default: int) -> list[int]:
+        """A value for each axis; of a padding "low_high" the low one."""
+        return (
+            [int(value.split("_")[0]) for value in window[key].split("x")] if key in window else [default] * len(axes)
         )
+
+    windows = zip(*(given(key, default) for key, default in _WINDOW.items()), strict=True)
+    flops = 2.0 * i.dims[out.index("b")] * i.dims[out.index("f")] * right[kernel.index("i")]
+    for axis, values in zip(axes, windows, strict=True):
+        flops *= _products(left[data.index(axis)], i.dims[out.index(axis)], *values)
     return flops
 
 
 @functools.cache
-def _products(
-    data: int, out: int, window: int, *, stride: int, pad: int, left_dilation: int, right_dilation: int
-) -> int:
-    """Pairs of an output's and a window's place, along one axis, that fall on an element of the data."""
-    total = 0
-    for place in range(window):
-        shift = pad - place * right_dilation
-        wanted = range(0, out * stride, stride)
-        present = range(shift, shift + data * left_dilation, left_dilation)
-        total += _common(wanted, present)
-    return total
-
-
-def _common(a: range, b: range) -> int:
-    """How many numbers two rising ranges have in common."""
-    divisor = math.gcd(a.step, b.step)
-    if not a or not b or (b.start - a.start) % divisor:
-        return 0
-    # a.start + a.step * k is in the progression of b for one k in each b.step / divisor.
-    k = (b.start - a.start) // divisor * pow(a.step // divisor, -1, b.step // divisor) % (b.step // divisor)
-    period = a.step // divisor * b.step
-    first = a.start + a.step * k
-    low, high = max(a.start, b.start), min(a[-1], b[-1])
-    first += max(0, -(-(low - first) // period)) * period
-    return max(0, (high - first) // period + 1)
+def _products(data: int, out: int, size: int, stride: int, pad: int, left_dilation: int, right_dilation: int) -> int:
+    """Pairs of a position in the output and one in the window, along one axis, that meet an element of the data."""
+    firsts = (pad - position * right_dilation for position in range(size))
+    spans = [range(first, first + data * left_dilation, left_dilation) for first in firsts]
+    return sum(position in span for span in spans for position in range(0, out * stride, stride))
 
 
 def _kernel_flops(scope: Computation, i: Instruction) -> float:
-    """Of a Pallas kernel: as its author states them, or of attention; 0 of others, whose bytes alone count."""
+    """FLOPs of a Pallas kernel: those that it states, or those of attention; 0 for others, whose bytes alone count."""
     stated = i.attribute(r'"cost_estimate":\{[^}]*"flops":"?(\d+)')
     if stated is not None:
         return float(stated)
@@ -592,8 +543,8 @@ def _kernel_flops(scope: Computation, i: Instruction) -> float:
 
 
 def _attention_flops(i: Instruction, given: Sequence[Array]) -> float:
-    """Causal attention: scores and values forward; backward the scores again, the gradient of the weights, and one
-    product for each gradient that is returned. Half of each is masked."""
+    """FLOPs of causal attention, half of which is masked. Forward: scores and values. Backward: the scores again, the
+    gradient of the attention weights, and one product for each gradient that is returned."""
     q, k = [array for array in given if array.dtype in ("bf16", "f32")][:2]
     product = 2.0 * math.prod(q.dims) * k.dims[-2] / 2
     ends = {q.dims[-2:], k.dims[-2:]}

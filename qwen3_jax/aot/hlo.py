@@ -1,11 +1,11 @@
-"""Reads the text of a scheduled HLO module as XLA:TPU writes it, `compiled.as_text()`.
+"""Parses the text of a scheduled HLO module, `compiled.as_text()`.
 
-A module is a set of computations; a computation is a list of instructions in the order in which they run:
+A module is a set of computations. A computation is a list of instructions in the order in which they run:
 
     %y = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} fusion(%w, %x), kind=kOutput, calls=%fused, backend_config={...}
 
-The name, the type (element type, dimensions, and the layout with its tiles and memory space), the operation, its
-operands, its attributes. Nothing here knows what an instruction costs.
+The parts of a line are the name, the type (element type, dimensions, and the layout with its tiles and memory space),
+the operation, its operands and its attributes. `cost` says what an instruction costs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Sequence
 
-HBM, VMEM = 0, 1  # memory spaces; others are the host's memory, scalar memory and flags
+HBM, VMEM = 0, 1  # memory spaces; the others are host memory, scalar memory and flags
 
 _HEADER = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"  (ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(")
@@ -27,7 +27,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array of a type; `bytes` are those of its elements, without what tiles pad."""
+    """An array in a type. `bytes` counts its elements, without the padding of tiles."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -40,8 +40,8 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """operands: names of instructions of the same computation. arguments: the text between the parentheses, a
-    constant's value and a parameter's number. root: whether it is the result of its computation."""
+    """operands: names of instructions in the same computation. arguments: the text between the parentheses, such as a
+    constant's value or a parameter's number. root: whether it is the result of its computation."""
 
     name: str
     op: str
@@ -53,7 +53,7 @@ class Instruction:
 
     @functools.cached_property
     def arrays(self) -> tuple[Array, ...]:
-        """The arrays of its type, those of nested tuples in their order."""
+        """The arrays in its type; nested tuples are flattened in order."""
         found = []
         for dtype, dims, layout in _ARRAY.findall(self.type):
             space = re.search(r"S\((\d+)\)", layout)
@@ -66,23 +66,23 @@ class Instruction:
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """Those of its first array."""
+        """The dimensions of its first array."""
         return self.arrays[0].dims
 
     def attribute(self, pattern: str) -> str | None:
-        """The first group of a regular expression, where it is found in the attributes."""
+        """The first group of a regular expression in the attributes, None if it does not match."""
         found = re.search(pattern, self.attributes)
         return found[1] if found else None
 
     def computation(self, *keys: str) -> str:
-        """The name of the computation that the attribute of one of these names gives."""
+        """The name of the computation that the first of these attributes gives."""
         name = self.attribute(rf"\b(?:{'|'.join(keys)})=%?([\w.\-]+)")
         assert name is not None, f"{self.name} has none of {keys}"
         return name
 
     @property
     def branches(self) -> list[str]:
-        """The computations of a conditional."""
+        """The names of a conditional's computations."""
         listed = self.attribute(r"\bbranch_computations=\{([^}]*)\}")
         if listed is not None:
             return _NAME.findall(listed)
@@ -90,15 +90,19 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the Python program it comes from, such as jit(step)/transpose(jvp(Qwen3))/dot_general; or empty."""
+        """Its place in the Python program, for instance jit(step)/transpose(jvp(Qwen3))/dot_general; may be empty."""
         return self.attribute(r'\bop_name="([^"]*)"') or ""
 
     def replica_group(self) -> list[int]:
-        """The devices of a collective's first group; none are listed where all are one group.
+        """The devices of a collective's first group; empty if the text lists none: one group of all devices.
 
-        ValueError for a spelling other than these three.
-        {{0,1},{2,3}}; [2,2]<=[4], groups by devices of range(4) reshaped (and transposed, T(1,0)); and
-        mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'y'}, the named axes of a mesh of devices.
+        XLA writes groups in three forms, and which one depends on its version:
+        - {{0,1},{2,3}}, lists;
+        - [2,2]<=[4], an iota: groups x devices of range(4), reshaped and perhaps transposed, T(1,0);
+        - mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'y'}: axes of a mesh, and perhaps the iota of its devices.
+
+        Raises:
+          ValueError: another form.
         """
         listed = self.attribute(r"\breplica_groups=\{\{([\d,]*)\}")
         if listed is not None:
@@ -113,21 +117,21 @@ class Instruction:
         if not mesh:
             if self.attribute(r"\breplica_groups=(?!\{\})(.{,80})"):
                 raise ValueError(
-                    f"replica_groups: {self.attributes[:200]!r} cannot be read; lists, iotas or meshes fit"
+                    f"replica_groups: {self.attributes[:200]!r} cannot be read; lists, iotas and meshes can"
                 )
             return []
         sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
         strides = dict(zip(sizes, _strides(list(sizes.values())), strict=True))
         steps = []
         for axis, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[4]):
-            size = int(part) if part else sizes[axis]  # 'x':(2)4 is the 4 of 'x' split into 2 x 4 x rest
+            size = int(part) if part else sizes[axis]  # 'x':(2)4 is the axis of 4 in 'x' split into 2 x 4 x rest
             rest = sizes[axis] // (size * int(before or 1))
             steps.append(range(0, size * rest * strides[axis], rest * strides[axis]))
-        places = [sum(place) for place in itertools.product(*steps)]
+        positions = [sum(offsets) for offsets in itertools.product(*steps)]
         if mesh[2] is None:
-            return places
+            return positions
         devices = _iota(mesh[2], mesh[3])
-        return [devices[place] for place in places]
+        return [devices[position] for position in positions]
 
 
 class Computation(dict[str, Instruction]):
@@ -139,7 +143,7 @@ class Computation(dict[str, Instruction]):
 
     @functools.cached_property
     def results(self) -> list[Instruction]:
-        """The root, or what its tuple is made of."""
+        """The root, or the elements of its tuple."""
         return [self[name] for name in self.root.operands] if self.root.op == "tuple" else [self.root]
 
     @functools.cached_property
@@ -148,7 +152,7 @@ class Computation(dict[str, Instruction]):
 
     @functools.cached_property
     def users(self) -> dict[str, list[tuple[Instruction, int]]]:
-        """For each instruction those that use it, and as which operand."""
+        """For each instruction its users, each with the number of the operand."""
         found: dict[str, list[tuple[Instruction, int]]] = {name: [] for name in self}
         for i in self.values():
             for k, name in enumerate(i.operands):
@@ -158,17 +162,17 @@ class Computation(dict[str, Instruction]):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """entry: the name of the computation that runs first. partitions: the devices that it runs on."""
+    """entry: the name of the computation that runs first. partitions: the number of devices."""
 
     computations: dict[str, Computation]
     entry: str
     partitions: int
 
     def trip_count(self, scope: Computation, loop: Instruction) -> int | None:
-        """How often a `while` of computation `scope` runs its body; None where data decides it.
+        """The number of trips of a `while` in computation `scope`; None if it depends on data.
 
-        The condition compares an element of the loop's state, which the body adds a constant to, with a constant or
-        with another element. Where it starts is read from the operand, and taken as 0 where that is out of sight.
+        The condition compares an element of the loop's state with a constant or with another element, and the body adds
+        a constant to it. Its initial value is read from the operand; where that is not a constant, it is taken as 0.
         """
         condition = self.computations[loop.computation("condition")]
         body = self.computations[loop.computation("body")]
@@ -209,8 +213,8 @@ class Program:
     def _trace(
         self, scope: Computation, name: str, arguments: Sequence[_Linear | None] | None = None
     ) -> _Linear | None:
-        """An integer of a computation as a constant, or as an element of its one parameter, a tuple, plus a constant;
-        `arguments` stand for the parameters of a fused computation. None where it is neither."""
+        """An integer as a constant, or as a constant plus an element of the computation's one parameter, a tuple. None
+        if it is neither. `arguments` are the values of a fused computation's parameters."""
         i = scope[name]
         if i.op == "constant":
             return _Linear(None, int(i.arguments)) if re.fullmatch(r"-?\d+", i.arguments) else None
@@ -233,7 +237,7 @@ class Program:
     def _trace_fusion(
         self, scope: Computation, i: Instruction, index: int, arguments: Sequence[_Linear | None] | None
     ) -> _Linear | None:
-        """A result of a fusion."""
+        """`_trace` for result `index` of a fusion."""
         if i.op != "fusion":
             return None
         fused = self.computations[i.computation("calls")]
@@ -243,17 +247,21 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class _Linear:
-    """`constant`, plus an element of a loop's state."""
+    """`constant`, plus element `element` of a loop's state unless that is None."""
 
     element: int | None
     constant: int
 
 
 def read_program(text: str) -> Program:
-    """Raises ValueError where the text has no entry computation."""
+    """Parses a module.
+
+    Raises:
+      ValueError: the text has no entry computation.
+    """
     computations: dict[str, Computation] = {}
     entry, current = "", Computation()
-    pieces: list[str] = []  # of the instruction being read: attributes may hold line breaks
+    pieces: list[str] = []  # lines of the current instruction: attributes may contain line breaks
 
     def finish() -> None:
         line = "\n".join(pieces)
@@ -277,14 +285,14 @@ def read_program(text: str) -> Program:
             pieces.append(line)
     finish()
     if not entry:
-        raise ValueError("text: it has no ENTRY computation; the text of a compiled program fits")
+        raise ValueError("text: it has no ENTRY computation; pass the text of a compiled program")
     partitions = re.search(r"\bnum_partitions=(\d+)", text[: text.index("\n")])
     return Program(computations, entry, int(partitions[1]) if partitions else 1)
 
 
 @functools.cache
 def _bits(dtype: str) -> int:
-    """Of an element; its name holds them, as in f8e4m3fn."""
+    """Bits of an element: the first number in the type's name, as in f8e4m3fn."""
     size = re.search(r"\d+", dtype)
     return 8 if dtype == "pred" else int(size[0]) if size else 0
 
@@ -294,14 +302,14 @@ def _ints(text: str) -> tuple[int, ...]:
 
 
 def _strides(sizes: Sequence[int]) -> list[int]:
-    """Of a row-major array."""
+    """The strides of a row-major array."""
     return [math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
 
 
 def _iota(sizes: str, order: str | None) -> list[int]:
-    """range(n) as an array of these sizes, its axes put in this order, flattened."""
+    """range(n) reshaped to `sizes`, transposed to `order`, flattened."""
     shape = _ints(sizes)
     strides = _strides(shape)
     axes = _ints(order) if order else range(len(shape))
     steps = (range(0, shape[axis] * strides[axis], strides[axis]) for axis in axes)
-    return [sum(place) for place in itertools.product(*steps)]
+    return [sum(offsets) for offsets in itertools.product(*steps)]

@@ -1,6 +1,6 @@
-"""The programs of train.py and infer.py for a slice that is not there: what is compiled, and what it holds and does.
+"""The programs of train.py and infer.py, lowered for a TPU slice that need not exist, with their memory and work.
 
-XLA's TPU compiler comes with libtpu and runs on any Linux machine; the arrays are shapes and shardings.
+XLA's TPU compiler comes with libtpu and runs on any Linux x86-64 machine. The arrays are shapes with shardings.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sharding import MeshConfig, make_mesh, num_parts
 class DecodeConfig:
     """Decoding as infer.py does it, in bfloat16.
 
-    batch: rows. context: tokens that a row has room for, half of them its prompt.
+    batch: number of rows. context: cache slots of a row, half of them for its prompt.
     """
 
     model: ModelConfig
@@ -43,24 +43,24 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         if self.batch < 1:
-            raise ValueError(f"batch: {self.batch}; a number >= 1 fits")
+            raise ValueError(f"batch: {self.batch}; use a number >= 1")
         if self.context < 2 or self.context % 2:
-            raise ValueError(f"context: {self.context}; an even number >= 2 fits")
+            raise ValueError(f"context: {self.context}; use an even number >= 2")
         if self.context > self.model.max_position_embeddings:
-            most = self.model.max_position_embeddings
-            raise ValueError(f"context: {self.context}; at most max_position_embeddings ({most}) fits")
+            longest = self.model.max_position_embeddings
+            raise ValueError(f"context: {self.context}; use at most max_position_embeddings ({longest})")
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A program and what one run of it does.
+    """A program, and the work of one run on all chips.
 
-    what: in words, with its sizes. held: bytes of a chip's HBM by what they hold, as long as the program is used.
-    elsewhere: those of them that are not the program's arguments, but lie beside it.
-    tokens: that all chips take in or write. flops: that these need, of all chips; what is recomputed or padded does not
-      count. bytes: of all chips' HBM that must be read; of training, 0.
-    is_loop: what counts is a step of the program's loop.
-    unknown_trips: how often a loop runs whose trips data decides.
+    what: a description with its sizes. held: bytes of one chip's HBM by content, allocated while the program is in use.
+    elsewhere: those bytes of `held` that are not arguments of the program.
+    tokens: tokens that are read or written. flops: FLOPs that they need, without recomputation and padding. bytes: HBM
+      bytes that must be read; 0 for training.
+    is_loop: the cost is that of one step of the program's loop.
+    unknown_trips: the number of trips of a loop whose trips depend on data.
     """
 
     what: str
@@ -76,50 +76,52 @@ class Work:
 
 
 def use_compiler() -> None:
-    """Makes libtpu compile without a TPU; before jax starts a backend.
+    """Makes libtpu compile without a TPU. Call it before JAX starts a backend.
 
     Raises:
-      ValueError: libtpu is not there.
+      ValueError: libtpu is not installed.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("libtpu: not installed; `pip install 'jax[tpu]'`, on Linux x86-64, fits")
-    # There is no TPU machine to ask, two may compile at once, and JAX's cache cannot read such programs back.
+        raise ValueError("libtpu: not installed; `pip install 'jax[tpu]'` on Linux x86-64")
+    # There is no TPU metadata server to query, several processes may compile at once, and JAX's cache cannot read
+    # such programs back.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost")
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_platforms", "cpu")
 
 
 def topology_shape(name: str) -> list[int]:
-    """Chips along each axis of a slice's network, by its name."""
+    """Chips along each axis of the slice's torus: [4, 4, 4] for "v5p:4x4x4"."""
     return [int(size) for size in re.findall(r"\d+", name.partition(":")[2])]
 
 
 def topology_mesh(config: MeshConfig) -> Mesh:
-    """The mesh on the slice that it names, see `use_compiler`.
+    """The mesh on the slice that `config` names. Call `use_compiler` first.
 
     Raises:
-      ValueError: no topology, one that does not exist, or axes that do not multiply to its chips.
+      ValueError: the topology is missing or unknown, or the axes do not multiply to its chips.
     """
     name = config.topology
     if name is None:
-        raise ValueError("mesh.topology: None; a slice, such as v5p:4x4x4, fits (--topology)")
+        raise ValueError("mesh.topology: None; name a slice, for instance v5p:4x4x4 (--topology)")
     shape, options = topology_shape(name), dict[str, Any]()
-    if math.prod(shape) < 4:  # less than a host
+    if math.prod(shape) < 4:  # a part of one host
         options["chips_per_host_bounds"] = [*shape, 1, 1][:3]
-    if find_chip(name).name == "v4":  # its two cores are one device where they are not asked for apart
+    if find_chip(name).name == "v4":  # JAX shows the two cores of a v4 as one device
         options["chip_config_name"] = "megacore"
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"mesh.topology: {name!r}: {str(error).splitlines()[0]}; such as v5p:4x4x4 fits") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"mesh.topology: {name!r}: {reason}; name a slice, for instance v5p:4x4x4") from None
     return make_mesh(config, devices)
 
 
 def train_step(config: TrainConfig) -> Work:
-    """One optimiser step.
+    """One optimizer step.
 
     Raises:
-      ValueError: as `topology_mesh`, or sizes that do not divide over the mesh.
+      ValueError: as `topology_mesh`, or sizes that do not divide by the mesh.
     """
     mesh, data = topology_mesh(config.mesh), config.data
     program = TrainProgram(config, next_token(config), mesh)
@@ -137,7 +139,7 @@ def train_step(config: TrainConfig) -> Work:
 
 
 def prefill(config: DecodeConfig) -> Work:
-    """The prompts of as many rows as infer.py admits at once, while the cache of all rows is there.
+    """Prefill of as many rows as infer.py admits at once, while the cache of all rows is allocated.
 
     Raises: as `topology_mesh`.
     """
@@ -145,7 +147,7 @@ def prefill(config: DecodeConfig) -> Work:
     takes = decode_shapes(config, mesh)
     with jax.set_mesh(mesh):
         rows = min(config.batch, max_prefill_rows(prompt, num_parts("attention_batch")))
-    head = model.vocab_size * model.hidden_size  # of last tokens alone
+    head = model.vocab_size * model.hidden_size  # only the last token of a prompt needs it
     forward = train_flops_per_token(model, prompt) / 3 - 2 * head
     state = shard_bytes(takes.state)
     return Work(
@@ -160,7 +162,7 @@ def prefill(config: DecodeConfig) -> Work:
 
 
 def decode_step(config: DecodeConfig) -> Work:
-    """One token for every row: the body of the decoding loop.
+    """One token for each row: the body of the decoding loop.
 
     Raises: as `topology_mesh`.
     """
@@ -168,7 +170,7 @@ def decode_step(config: DecodeConfig) -> Work:
     takes = decode_shapes(config, mesh)
     forward = train_flops_per_token(model, config.context) / 3
     return Work(
-        what=f"decode step, {config.batch:,} rows with {config.context:,} places each",
+        what=f"decode step, {config.batch:,} rows with {config.context:,} cache slots each",
         mesh=mesh,
         lower=lambda: lower_step(model, mesh, takes),
         held={"parameters": shard_bytes(takes.params), "cache": shard_bytes(takes.state)},
@@ -181,15 +183,15 @@ def decode_step(config: DecodeConfig) -> Work:
 
 
 def decode_shapes(config: DecodeConfig, mesh: Mesh) -> StepShapes:
-    """What a step takes."""
+    """The arguments of a decode step, as shapes."""
     half = config.context // 2
     return step_shapes(config.model, mesh, batch=config.batch, slots=(half, half), columns=STEPS)
 
 
 def _must_read(config: DecodeConfig, takes: StepShapes) -> float:
-    """Bytes that a step reads of all chips' HBM, nothing twice: of experts those in use, and the whole cache.
+    """HBM bytes of all chips that a step must read, each once: the experts in use, all other weights, the cache.
 
-    Of E experts a batch of n tokens with k choices each is expected to use 1 - (1 - k/E)^n.
+    A batch of n tokens, each with k of E experts, uses an expected share of 1 - (1 - k/E)^n of the experts.
     """
     model, cache = config.model, takes.state.cache
     share = 1 - (1 - model.num_experts_per_tok / model.num_experts) ** config.batch if model.num_experts else 1.0
@@ -197,15 +199,15 @@ def _must_read(config: DecodeConfig, takes: StepShapes) -> float:
     for path, x in jax.tree_util.tree_leaves_with_path((takes.params, cache.keys, cache.values)):
         name = jax.tree_util.keystr(path)
         if "embed_tokens" in name and not model.tie_word_embeddings:
-            continue  # a few rows of it
+            continue  # a step reads a few rows of it
         is_expert = model.num_experts and "mlp" in name and "router" not in name
         total += math.prod(x.shape) * x.dtype.itemsize * (share if is_expert else 1)
     return total
 
 
 def _experts_in_use(config: DecodeConfig, takes: StepShapes, draws: int = 1000) -> float:
-    """Experts of a layer in use on the chip that has most of them, for which the others wait: the mean over random
-    choices."""
+    """Experts of one layer in use on the chip that has most of them, for which the other chips wait: the mean over
+    random choices."""
     model = config.model
     if not model.num_experts:
         return 1.0
@@ -221,6 +223,6 @@ def _experts_in_use(config: DecodeConfig, takes: StepShapes, draws: int = 1000) 
 
 
 def shard_bytes(tree: Any) -> float:
-    """Bytes of each device, of arrays or of shapes with shardings."""
+    """Bytes on each device of a tree of arrays, or of shapes with shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

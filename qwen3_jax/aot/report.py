@@ -1,8 +1,9 @@
-"""A compiled program on one page: does it fit, what does it do, and how long does the compiler think it takes."""
+"""Compiles a program and reports on one page whether it fits, what it does, and its estimated time."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -12,39 +13,40 @@ from typing import Any
 
 import jax
 
-from qwen3_jax.aot.cost import Cost, Operation, dearest_loop, read_cost
+from qwen3_jax.aot.cost import Operation, costliest_loop, read_cost
 from qwen3_jax.aot.hlo import read_program
 from qwen3_jax.aot.programs import Work
 from qwen3_jax.chips import Chip, find_chip
 
 _TEMPORARIES = "activations and temporaries"
-_KERNEL_SHARE = 0.6  # of its roofline that a Pallas kernel may rather reach, for a second estimate
-_DEAREST = 6
+_KERNEL_SHARE = 0.6  # share of its roofline that a Pallas kernel may reach, for the second estimate
+_COSTLIEST = 6
 _SCAFFOLD = re.compile(
     r"closed_call|checkpoint|rematted_computation|while|body|cond|branch_\d+_fun|shard_map|layers?_[\d_]+|dot_general"
 )
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _ADVICE = {
-    "parameters": "more chips along mesh.fsdp (or mesh.tensor)",
-    "optimizer": "more chips along mesh.fsdp (or mesh.data)",
-    "cache": "fewer rows, a shorter context, or more chips",
-    _TEMPORARIES: "fewer tokens a chip at a time (accumulation, mesh.context), remat, or less in compute.keep",
+    "parameters": "use more chips along mesh.fsdp (or mesh.tensor)",
+    "optimizer": "use more chips along mesh.fsdp (or mesh.data)",
+    "cache": "use fewer rows, a shorter context, or more chips",
+    _TEMPORARIES: "use fewer tokens per micro-batch (accumulation), mesh.context, remat, or a shorter compute.keep",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the compiler says of a program; plain numbers, so that JSON holds it.
+    """The result of compiling a program; plain numbers, ready for JSON.
 
-    what: the program in words. mesh: axes above 1. chip: its name.
-    hbm: bytes per chip by what they hold. capacity: of a chip.
-    tokens: of all chips, that one run takes in or writes. compile_s: seconds that compiling took.
-    The rest is None where the compiler refused the program for its memory:
-    step_s: estimated seconds. slow_step_s: with kernels at 60 % of their roofline. floor_s: that reading what must be
-      read, once and by all chips together, takes; of training None.
-    flops, peak_flops: needed of each chip, and what it could do in a second.
-    seconds: by kind; collectives are those exposed. work: FLOPs by kind and bytes of HBM, as executed, per chip.
-    collectives, dearest: rows of the two tables. compiler: its version.
+    what: a description of the program. mesh: the axes larger than 1. chip: its name.
+    hbm: bytes per chip by content. capacity: HBM bytes of a chip.
+    tokens: tokens that one run on all chips reads or writes. compile_s: seconds of compiling. compiler: its version.
+    flops: FLOPs that one run needs per chip. peak_flops: FLOP/s of a chip.
+    floor_s: seconds that all chips together take to read once what must be read; None for training.
+
+    The other fields are None or empty if the compiler refused the program because of its memory:
+    step_s: estimated seconds. slow_step_s: the same with kernels at 60 % of their roofline.
+    seconds: by kind; for collectives, the exposed ones. work: executed FLOPs by kind, and HBM bytes, per chip.
+    collectives, costliest: rows of the two tables.
     """
 
     what: str
@@ -65,7 +67,7 @@ class Report:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     work: dict[str, float] = dataclasses.field(default_factory=dict)
     collectives: tuple[dict[str, Any], ...] = ()
-    dearest: tuple[dict[str, Any], ...] = ()
+    costliest: tuple[dict[str, Any], ...] = ()
 
     @property
     def hbm_bytes(self) -> float:
@@ -77,7 +79,7 @@ class Report:
 
     @property
     def mfu(self) -> float | None:
-        """Needed FLOPs over what the chips could do in the estimated time."""
+        """Model FLOPs utilization: needed FLOPs over peak FLOPs in the estimated time."""
         return self.step_s and self.flops / (self.step_s * self.peak_flops)
 
     @property
@@ -86,15 +88,15 @@ class Report:
 
     @property
     def seconds_per_token(self) -> float:
-        """Of one chip; infinite where the compiler refused the program."""
+        """Seconds of one chip; infinite if the compiler refused the program."""
         return self.step_s * self.chips / self.tokens if self.step_s else math.inf
 
     def dollars_per_billion_tokens(self, price: float) -> float | None:
-        """At a price in dollars per chip and hour."""
+        """`price`: dollars per chip and hour."""
         return self.tokens_per_second and self.chips * price / 3600 * 1e9 / self.tokens_per_second
 
     def to_json(self, price: float | None = None) -> dict[str, Any]:
-        """All fields and what follows from them."""
+        """All fields and derived figures."""
         derived = {"fits": self.fits, "hbm_bytes": self.hbm_bytes, "mfu": self.mfu}
         derived["tokens_per_second"] = self.tokens_per_second
         if price is not None:
@@ -103,7 +105,7 @@ class Report:
 
 
 def compile_report(work: Work, topology: str, keep_text: Callable[[str], None] | None = None) -> Report:
-    """Compiles a program and reads what came out.
+    """Compiles a program and reads its schedule.
 
     Args:
       keep_text: called with the scheduled HLO.
@@ -150,39 +152,35 @@ def compile_report(work: Work, topology: str, keep_text: Callable[[str], None] |
 
 
 def _read(text: str, work: Work, chip: Chip) -> dict[str, Any]:
-    """The fields of a report that the schedule gives."""
+    """The fields of a report that come from the schedule."""
     program = read_program(text)
-    devices: list[Any] = list(work.mesh.devices.flat)
-    step = dearest_loop(program) if work.is_loop else None
-
-    def cost_at(kernel_share: float) -> Cost:
-        return read_cost(
-            program,
-            chip,
-            [device.coords for device in devices],
-            computation=step,
-            kernel_share=kernel_share,
-            unknown_trips=work.unknown_trips,
-        )
-
-    cost = cost_at(1.0)
+    devices: Any = work.mesh.devices.flat
+    cost_at = functools.partial(
+        read_cost,
+        program,
+        chip,
+        [device.coords for device in devices],
+        computation=costliest_loop(program) if work.is_loop else None,
+        unknown_trips=work.unknown_trips,
+    )
+    cost = cost_at()
     return {
         "step_s": cost.step_s,
-        "slow_step_s": cost_at(_KERNEL_SHARE).step_s if cost.kernel_s else cost.step_s,
+        "slow_step_s": cost_at(kernel_share=_KERNEL_SHARE).step_s,
         "seconds": {
-            "matrix products": cost.matmul_s,
-            "kernels": cost.kernel_s,
-            "other": cost.other_s,
+            "matrix products": cost.seconds("matmul"),
+            "kernels": cost.seconds("kernel"),
+            "other": cost.seconds("other"),
             "collectives": cost.exposed_s,
         },
-        "work": {"matrix products": cost.matmul_flops, "kernels": cost.kernel_flops, "hbm": cost.hbm_bytes},
+        "work": {"matrix products": cost.flops("matmul"), "kernels": cost.flops("kernel"), "hbm": cost.hbm_bytes},
         "collectives": tuple(dataclasses.asdict(c) for c in cost.collectives),
-        "dearest": _dearest(cost.operations),
+        "costliest": _costliest(cost.operations),
     }
 
 
-def _dearest(operations: Iterable[Operation]) -> tuple[dict[str, Any], ...]:
-    """What takes longest; of layers that are not a loop, and of their recomputation, alike ones added up."""
+def _costliest(operations: Iterable[Operation]) -> tuple[dict[str, Any], ...]:
+    """The operations that take longest. Equal operations of unrolled layers and of rematerialisation are summed."""
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for o in operations:
         collective = o.kind == "collective"
@@ -194,23 +192,23 @@ def _dearest(operations: Iterable[Operation]) -> tuple[dict[str, Any], ...]:
         row = rows.setdefault(tuple(names.values()), {"seconds": 0.0, "count": 0.0} | names)
         row["seconds"] += o.exposed_s if collective else o.seconds
         row["count"] += o.count
-    return tuple(sorted(rows.values(), key=lambda row: -row["seconds"])[:_DEAREST])
+    return tuple(sorted(rows.values(), key=lambda row: -row["seconds"])[:_COSTLIEST])
 
 
 def _short(shape: str) -> str:
-    """A type without its layouts, and of a tuple its first element."""
+    """A type without its layout; of a tuple, the first element."""
     found = re.search(r"\w+\[[\d,]*\]", shape)
     return found[0] if found else shape
 
 
 def _source(op_name: str) -> str:
-    """The last parts of where in the program an operation comes from, without those that say nothing of what it is."""
+    """The last parts of an operation's place in the Python program, without those that loops and transforms add."""
     parts = re.split(r"/(?![^(]*\))", op_name)
     return "/".join([part for part in parts if not _SCAFFOLD.fullmatch(part)][-3:])
 
 
 def refused_bytes(message: str, held: float) -> float:
-    """What a program would take of a chip's memory, by the compiler's refusal; infinite where that does not say."""
+    """HBM bytes per chip according to the compiler's refusal; infinite if it does not say."""
     used = re.search(r"Used ([\d.]+)([KMGT])i?B? of", message)
     temporaries = re.search(r"HLO temporaries \(([\d.]+)([KMGT])", message)
     if used:
@@ -223,7 +221,7 @@ def refused_bytes(message: str, held: float) -> float:
 
 
 def page(report: Report, price: float | None = None) -> str:
-    """The report for people; price: in dollars per chip and hour."""
+    """The report as text. price: dollars per chip and hour."""
     axes = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items()) or "one chip"
     lines = [
         report.what,
@@ -238,11 +236,12 @@ def page(report: Report, price: float | None = None) -> str:
 
 
 _CAVEATS = (
-    "Matrix products take the cycles that the compiler estimates; kernels their roofline; all else its bytes at HBM's",
-    "bandwidth; collectives the bytes over the links that they span, exposed for as long as nothing runs beside them,",
-    "waiting for others on the same links included. A step takes at least all its HBM bytes. Loops count as often as",
-    "they run. Not in it: launches, transfers to hosts and between slices, gathers and sorts slower than HBM, and",
-    "imbalance. It leans low (a published step took 1.6 times such an estimate): compare it with others of its kind.",
+    "Matrix products take the compiler's estimated cycles, kernels their roofline, collectives their bytes over the",
+    "links of their torus axes, everything else its bytes at HBM's bandwidth. A collective is exposed while nothing",
+    "runs beside it, waiting for the links included. A step takes at least the time of its HBM bytes. Loops count as",
+    "often as they run. Not counted: launches, transfers to hosts and between slices, gathers and sorts slower than",
+    "HBM, imbalance. The estimate tends to be too low (a published step took 1.6 times its estimate): compare it only",
+    "with other estimates.",
 )
 
 
@@ -250,11 +249,11 @@ def _memory(report: Report) -> list[str]:
     lines = [f"{'HBM per chip':32}{'GiB':>8}"]
     lines += [f"  {name:30}{size / 2**30:8.2f}" for name, size in report.hbm.items()]
     free = (report.capacity - report.hbm_bytes) / 2**30
-    verdict = f"fits, {free:.2f} free" if report.fits else f"DOES NOT FIT, {-free:.2f} too much"
-    lines.append(f"  {'together':30}{report.hbm_bytes / 2**30:8.2f} of {report.capacity / 2**30:.0f}: {verdict}")
+    verdict = f"fits, {free:.2f} free" if report.fits else f"DOES NOT FIT, {-free:.2f} over"
+    lines.append(f"  {'total':30}{report.hbm_bytes / 2**30:8.2f} of {report.capacity / 2**30:.0f}: {verdict}")
     if not report.fits:
         largest = max(report.hbm, key=lambda name: report.hbm[name])
-        lines.append(f"  most is {largest}: {_ADVICE[largest]}")
+        lines.append(f"  the largest part is {largest}: {_ADVICE[largest]}")
     return lines
 
 
@@ -266,14 +265,14 @@ def _estimate(report: Report, price: float | None) -> list[str]:
         lines[0] += f"   ({_time(report.slow_step_s)} with kernels at {_KERNEL_SHARE:.0%} of their roofline)"
     if report.floor_s:
         ratio = report.step_s / report.floor_s
-        lines.append(f"  floor, all chips reading      {_time(report.floor_s):>10}   x {ratio:.2f}")
+        lines.append(f"  floor of memory bandwidth     {_time(report.floor_s):>10}   x {ratio:.2f}")
     else:
         lines.append(f"  MFU                           {report.mfu:>10.1%}")
     rate = report.tokens_per_second
-    lines.append(f"  tokens/s                      {rate:>10,.0f}   {(rate or 0) / report.chips:,.1f} a chip")
+    lines.append(f"  tokens/s                      {rate:>10,.0f}   {(rate or 0) / report.chips:,.1f} per chip")
     if price is not None:
         cost = report.dollars_per_billion_tokens(price)
-        lines.append(f"  $ per 10^9 tokens             {cost:>10,.2f}   at ${price:g} a chip and hour")
+        lines.append(f"  $ per 10^9 tokens             {cost:>10,.2f}   at ${price:g} per chip and hour")
     return lines
 
 
@@ -282,12 +281,12 @@ def _tables(report: Report) -> list[str]:
     amounts = {
         "matrix products": f"{work['matrix products']:.3g} FLOPs",
         "kernels": f"{work['kernels']:.3g} FLOPs",
-        "other": "as long as HBM needs",
+        "other": "at HBM's bandwidth",
         "collectives": "not hidden",
     }
     lines = ["per chip and step                     time"]
     lines += [f"  {kind:28}{_time(spent):>12}   {amounts[kind]}" for kind, spent in report.seconds.items()]
-    traffic = f"{work['hbm'] / 1e9:,.1f} GB, copies beside all of these included"
+    traffic = f"{work['hbm'] / 1e9:,.1f} GB, asynchronous copies included"
     waiting = max((report.step_s or 0.0) - sum(report.seconds.values()), 0.0)
     lines.append(f"  {'waiting for HBM':28}{_time(waiting):>12}   {traffic}")
     if report.collectives:
@@ -296,8 +295,8 @@ def _tables(report: Report) -> list[str]:
         name = f"{c['kind']}{'' if c['synchronous'] else ', async'}"
         numbers = f"{c['count']:8,.0f}{c['bytes'] / 1e9:10,.2f}{_time(c['seconds']):>12}{_time(c['exposed_s']):>12}"
         lines.append(f"  {name:24}{c['group_size']:5}{numbers}")
-    lines += ["", "dearest                  count        time"]
-    for o in report.dearest:
+    lines += ["", "costliest                count        time"]
+    for o in report.costliest:
         lines.append(f"  {o['kind']:20}{o['count']:8,.0f}{_time(o['seconds']):>12}   {o['shape']}  {o['source']}")
     return lines
 

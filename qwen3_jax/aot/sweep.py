@@ -1,4 +1,4 @@
-"""Many programs compiled, each once: what came out is kept beside the compiled programs of infer.py."""
+"""Compiles many programs, each once. Reports are cached in `~/.cache/qwen3-jax/plan`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ import sharding
 from qwen3_jax.aot.programs import Work, decode_step, prefill, train_step, use_compiler
 from qwen3_jax.aot.report import Report, compile_report
 
-_CACHE = Path.home() / ".cache" / "qwen3-jax" / "plan"
 _PROGRAMS: dict[str, Callable[[Any], Work]] = {
     "train_step": train_step,
     "prefill": prefill,
@@ -33,7 +32,7 @@ class Job:
     """A program to compile.
 
     program: "train_step", "prefill" or "decode_step". config: its `TrainConfig` or `DecodeConfig`.
-    label: what distinguishes it from the others of a sweep.
+    label: its values of the keys that a sweep changes.
     """
 
     program: str
@@ -42,17 +41,18 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[Job], hlo_dir: Path | None = None) -> Iterator[Report | str]:
-    """For each job, in their order, its report, or in one line why there is none.
+    """Yields for each job, in order, its report, or one line that says why there is none.
 
-    Each is compiled in a process of its own, whose memory ends with it, and which the compiler may take down. A report
-    made before by the same code, for the same configuration, is taken from `~/.cache/qwen3-jax/plan`.
+    Each job is compiled in its own process: this frees its memory, and a crash of the compiler ends that process alone.
+    A cached report is used if the code, the configuration and the versions of jax and libtpu are the same.
 
     Args:
-      hlo_dir: where to keep the scheduled HLO; everything is then compiled anew.
+      hlo_dir: directory for the scheduled HLO; every job is then compiled again.
     """
     context = multiprocessing.get_context("spawn")
+    cache = Path.home() / ".cache" / "qwen3-jax" / "plan"
     for job in jobs:
-        kept = _CACHE / f"{_key(job)}.json"
+        kept = cache / f"{_key(job)}.json"
         if hlo_dir is None and kept.is_file():
             yield Report(**json.loads(kept.read_text()))
             continue
@@ -83,7 +83,7 @@ def _run(job: Job, hlo_dir: Path | None) -> Report:
 
 
 def _key(job: Job) -> str:
-    """Of a job and of all that makes its report."""
+    """A hash of everything that a report depends on."""
     made_by = jax.__version__, version("libtpu"), _sources()
     return hashlib.sha256(repr((job.program, job.config, made_by)).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Programs side by side: how long a token takes, and how much memory."""
+"""Plots the throughput and memory of several programs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from qwen3_jax.plot import png
 
 
 def plot_sweep(path: Path, reports: Sequence[tuple[str, Report]]) -> None:
-    """A PNG: tokens per second and chip over HBM, a point for each program that the compiler took; those that do not
-    fit a chip are hollow."""
+    """A PNG of tokens/s per chip over HBM per chip, a point for each compiled program; a hollow one does not fit."""
     with png(path) as axes:
         for number, (label, report) in enumerate(reports):
             if report.tokens_per_second is None:
@@ -21,6 +20,6 @@ def plot_sweep(path: Path, reports: Sequence[tuple[str, Report]]) -> None:
             axes.scatter(x, y, color=color, facecolor=color if report.fits else "none", label=label)
         for capacity in {report.capacity / 2**30 for _, report in reports}:
             axes.axvline(capacity, color="gray", linestyle="--")
-        axes.set(xlabel="HBM per chip, GiB (dashed: a chip's)", ylabel="tokens/s per chip, estimated")
+        axes.set(xlabel="HBM per chip, GiB (dashed: capacity)", ylabel="tokens/s per chip, estimated")
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=7)

@@ -17,15 +17,12 @@ SMALL = "--model.num_hidden_layers 1 --data.batch_size 4 --data.sequence_length 
 
 
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_a_train_step_compiles(topology: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("tpu_compiler")
+def test_a_train_step_compiles(topology: str) -> None:
     """The compiler refuses an option that is unknown, and one that it calls unsafe for the chip."""
-    pytest.importorskip("libtpu", reason="libtpu is for Linux x86-64 only")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
     work = train_step(load_config(TrainConfig, TINY, [*SMALL, "--mesh.topology", topology]))
     text = work.lower().compile().as_text()
     assert text is not None
     cost = read_cost(text, find_chip(topology))
-    assert 0 < work.flops / work.mesh.size < cost.matmul_flops + cost.kernel_flops
+    assert 0 < work.flops / work.mesh.size < cost.flops("matmul") + cost.flops("kernel")
     assert "all-gather" in {c.kind for c in cost.collectives}

@@ -43,7 +43,7 @@ def test_program() -> None:
     assert [i.name for i in fused.parameters] == ["param_0", "param_1"]
     assert [i.name for i in fused.results] == ["twice", "sum"]
     assert [(i.name, k) for i, k in fused.users["param_0"]] == [("twice", 0), ("twice", 1), ("sum", 0)]
-    with pytest.raises(ValueError, match=r"^text: .*; the text of a compiled program fits"):
+    with pytest.raises(ValueError, match=r"^text: .*; pass the text of a compiled program"):
         read_program("HloModule empty")
 
 
@@ -105,7 +105,7 @@ def test_lines_of_both_compilers(groups: str) -> None:
 
 def test_unknown_spelling_of_groups() -> None:
     broken = Instruction("g", "all-gather", "f32[8]{0}", (), "", ", replica_groups=mesh<2>, dimensions={0}", False)
-    with pytest.raises(ValueError, match=r"^replica_groups: .*; lists, iotas or meshes fit"):
+    with pytest.raises(ValueError, match=r"^replica_groups: .*; lists, iotas and meshes can"):
         broken.replica_group()
 
 

@@ -39,7 +39,7 @@ REPORT = Report(
             "exposed_s": 0.125,
         },
     ),
-    dearest=({"seconds": 0.5, "count": 28.0, "kind": "matmul", "shape": "bf16[8,8]", "source": "body/dot_general"},),
+    costliest=({"seconds": 0.5, "count": 28.0, "kind": "matmul", "shape": "bf16[8,8]", "source": "body/dot_general"},),
 )
 
 
@@ -52,27 +52,27 @@ def test_a_page_adds_up() -> None:
     hour are 0.016 a second, so 1e9 tokens, 19,073 s, cost 305.18."""
     text = page(REPORT, price=3.6)
     lines = words(text)
-    assert "together 14.50 of 16: fits, 1.50 free".split() in lines
+    assert "total 14.50 of 16: fits, 1.50 free".split() in lines
     assert "MFU 40.0%".split() in lines
-    assert "tokens/s 52,429 3,276.8 a chip".split() in lines
-    assert "$ per 10^9 tokens 305.18 at $3.6 a chip and hour".split() in lines
+    assert "tokens/s 52,429 3,276.8 per chip".split() in lines
+    assert "$ per 10^9 tokens 305.18 at $3.6 per chip and hour".split() in lines
     assert "all-gather, async 16 56 3.20 250.00 ms 125.00 ms".split() in lines
     assert "matmul 28 500.00 ms bf16[8,8] body/dot_general".split() in lines
     assert "$" not in page(REPORT)
-    assert "waiting for HBM 0.00 ms 200.0 GB, copies beside all of these included".split() in lines
+    assert "waiting for HBM 0.00 ms 200.0 GB, asynchronous copies included".split() in lines
     slower = words(page(dataclasses.replace(REPORT, step_s=1.5)))
-    assert "waiting for HBM 250.00 ms 200.0 GB, copies beside all of these included".split() in slower
+    assert "waiting for HBM 250.00 ms 200.0 GB, asynchronous copies included".split() in slower
     assert REPORT.to_json(3.6)["dollars_per_billion_tokens"] == pytest.approx(305.18, abs=0.01)
     assert REPORT.to_json()["mfu"] == pytest.approx(0.4)
 
 
 def test_a_page_says_what_does_not_fit_and_what_to_change() -> None:
     large = dataclasses.replace(REPORT, hbm=REPORT.hbm | {"optimizer": 12.0 * GIB})
-    assert "together 22.50 of 16: DOES NOT FIT, 6.50 too much".split() in words(page(large))
-    assert "most is optimizer: more chips along mesh.fsdp" in page(large)
+    assert "total 22.50 of 16: DOES NOT FIT, 6.50 over".split() in words(page(large))
+    assert "the largest part is optimizer: use more chips along mesh.fsdp" in page(large)
     refused = dataclasses.replace(REPORT, step_s=None, hbm={"activations and temporaries": 20.0 * GIB})
     assert not refused.fits
-    assert "fewer tokens a chip at a time" in page(refused)
+    assert "fewer tokens per micro-batch" in page(refused)
     assert "estimated step" not in page(refused)
     assert refused.to_json()["mfu"] is None
 
@@ -92,5 +92,5 @@ def test_refusals(message: str, gib: float) -> None:
 
 def test_a_machine_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"libtpu: not installed; `pip install 'jax\[tpu\]'`, on Linux x86-64, fits"):
+    with pytest.raises(ValueError, match=r"libtpu: not installed; `pip install 'jax\[tpu\]'` on Linux x86-64"):
         use_compiler()

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from qwen3_jax.aot import dearest_loop, read_cost, read_program
+from qwen3_jax.aot import costliest_loop, read_cost, read_program
 from qwen3_jax.chips import find_chip
 
 # A cache [4, 8, 128] (8192 bytes), three experts' weights [3, 128, 128] (32768 bytes each), logits [4, 256] (4096).
@@ -135,7 +135,7 @@ def test_bytes_of_the_loop_body() -> None:
     """The cache's update in place writes the new slot (from VMEM); the cache is then fetched into VMEM once; 1.5
     experts are expected to be read out of three; sampling reads the logits 32 times, which beats greedy's copy."""
     program = read_program(PROGRAM)
-    assert dearest_loop(program) == "body.1"
+    assert costliest_loop(program) == "body.1"
     cost = read_cost(program, find_chip("v5p"), computation="body.1", unknown_trips=1.5)
     assert cost.hbm_bytes == UPDATE + CACHE + 1.5 * EXPERT + 32 * LOGITS
 
