@@ -70,9 +70,8 @@ class Pool:
     ) -> None:
         self._config, self._tokens, self._announce = config, tokens, announce
         self._max_new, self._steps, self._max_prompt = bucket(max_new), steps, max_prompt
-        self._dtype = dtype or params["embed_tokens"].dtype
-        self._params: Any = None
-        self.set_weights(params)
+        self._params = decoding_weights(config, params, dtype)
+        self._dtype = self._params["embed_tokens"].dtype
         self._model = Qwen3(config, dtype=self._dtype)
         self._markers = programs.replicate(pack_markers(tokens, config.vocab_size))
         self._parts = num_parts("attention_batch")
@@ -118,8 +117,7 @@ class Pool:
         Rows in flight go on over the keys and values that the old weights made. Every set of one layout runs the same
         program. The old weights are dropped first: at most both layouts are in memory.
         """
-        if self._params is not None:
-            self._schedule.forget_prompts()
+        self._schedule.forget_prompts()
         self._params = None
         self._params = decoding_weights(self._config, params, self._dtype)
 

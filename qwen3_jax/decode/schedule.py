@@ -82,14 +82,14 @@ class Row:
         """What it has written; of a row that goes on, its beginning."""
         counters = self.counters
         return Result(
-            token_ids=self.token_ids,
+            token_ids=list(self.token_ids),
             thinking_tokens=counters["thinking"],
             injected_tokens=counters["injected"],
             answer_tokens=counters["answer"],
             thinking_end=THINKING_ENDS[counters["thinking_end"]],
             finish_reason="stop" if counters["stopped"] else "length",
-            logprobs=self.logprobs,
-            forced=self.forced,
+            logprobs=list(self.logprobs),
+            forced=list(self.forced),
         )
 
     def append(self, written: Any, index: int) -> None:
