@@ -278,9 +278,9 @@ def lower_prefill(
     config: ModelConfig, mesh: Mesh, *, batch: int, prompt_slots: int, dtype: Any = jnp.bfloat16
 ) -> jax.stages.Lowered:
     """One prefill of `batch` prompts."""
-    takes = _replicated(pack_prompts([(0,)] * batch, prompt_slots), mesh)
+    takes = weight_shapes(config, mesh, dtype), *_replicated(pack_prompts([(0,)] * batch, prompt_slots), mesh)
     with jax.set_mesh(mesh):
-        return prefill.lower(weight_shapes(config, mesh, dtype), *takes, model=Qwen3(config, dtype=dtype))
+        return prefill.lower(*takes, model=Qwen3(config, dtype=dtype))
 
 
 @axis_rules(DECODE_RULES)

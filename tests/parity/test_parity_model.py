@@ -64,7 +64,7 @@ def forward(config: ModelConfig) -> Any:
 @functools.cache
 def cached_forward(config: ModelConfig) -> Any:
     """`cached_forward(config)(params, tokens, positions, segment_ids, cache)`: the whole Output."""
-    return jax.jit(lambda params, *inputs: Qwen3(config, stacked=True).apply({"params": params}, *inputs))
+    return jax.jit(lambda params, *inputs: Qwen3(config).apply({"params": params}, *inputs))
 
 
 @functools.cache
