@@ -60,10 +60,8 @@ class Engine:
         return AnswerReader(self.tokenizer, self.tokens)
 
     def prompt(self, record: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Prompt:
-        """What a record asks for; see `read_prompt`. What only this model can refuse is refused too."""
-        prompt = read_prompt(record, self.tokenizer, self.modes, defaults)
-        self.limit(prompt.request)
-        return prompt
+        """What a record asks for; see `read_prompt`. What only this model can refuse is refused by `limit`."""
+        return read_prompt(record, self.tokenizer, self.modes, defaults)
 
     def limit(self, request: Request) -> int:
         """The most tokens that a request may write; see `qwen3_jax.decode.check_request`."""
