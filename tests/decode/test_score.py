@@ -15,6 +15,8 @@ from qwen3_jax.decode import Request, generate, score
 from qwen3_jax.decode.weights import decoding_weights
 from sharding import MeshConfig, make_mesh, named_shardings
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 RNG = np.random.default_rng(0)
 ROWS = [RNG.integers(0, CONFIG.vocab_size, n).tolist() for n in (1, 2, 31, 32, 33, 62, 5, 40, 7)]
 
