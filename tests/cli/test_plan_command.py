@@ -17,6 +17,7 @@ from qwen3_jax.cli.main import main
 ROOT = Path(__file__).parents[2]
 TINY = ["--config", "configs/tiny/pretrain.yaml", "--topology", "v5e:2x4", "--model.num_hidden_layers", "2"]
 SMALL = [*TINY, "--data.batch_size", "16", "--mesh.fsdp", "8"]
+DENSE = [*SMALL, "--model.num_experts", "0"]
 
 
 class Done(NamedTuple):
@@ -28,13 +29,17 @@ class Done(NamedTuple):
 Plan = Callable[..., Done]
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home directory for this file, so that its tests share the cache of compiled programs, and no other."""
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.fixture
-def plan(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tpu_compiler: None
-) -> Plan:
-    """The command, in this process; what it caches is in `tmp_path`. It compiles in processes that it starts."""
+def plan(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tpu_compiler: None) -> Plan:
+    """The command, in this process. It compiles in processes that it starts."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("XLA_FLAGS", "")
 
     def run(*words: str) -> Done:
@@ -93,7 +98,7 @@ def test_a_chip_of_two_cores_is_one_device(plan: Plan) -> None:
 
 
 def test_a_sweep_compiles_each_combination_once(plan: Plan, tmp_path: Path) -> None:
-    words = [*SMALL, "--sweep", "mesh", "{fsdp: 8}", "{data: 2, fsdp: 4}", "--sweep", "compute.remat", "true", "false"]
+    words = [*DENSE, "--sweep", "mesh", "{fsdp: 8}", "{data: 2, fsdp: 4}", "--sweep", "compute.remat", "true", "false"]
     done = plan(*words, "--price", "4.2", "--plot", str(tmp_path / "sweep.png"))
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()[1:]
@@ -118,11 +123,11 @@ def test_what_does_not_fit_is_said_and_ends_with_1(plan: Plan) -> None:
     assert "the largest part is cache: use fewer rows, a shorter context, or more chips" in done.stdout
 
 
-def test_hlo_is_kept_on_request(tmp_path: Path) -> None:
+def test_hlo_is_kept_on_request(tmp_path: Path, home: Path) -> None:
     """By the command that is installed."""
     pytest.importorskip("libtpu", reason="libtpu is for Linux x86-64 only")
-    env = {**os.environ, "HOME": str(tmp_path), "XLA_FLAGS": ""}
-    command = [str(Path(sys.executable).parent / "qwen3-jax"), "plan", *SMALL, "--hlo", str(tmp_path / "hlo")]
+    env = {**os.environ, "HOME": str(home), "XLA_FLAGS": ""}
+    command = [str(Path(sys.executable).parent / "qwen3-jax"), "plan", *DENSE, "--hlo", str(tmp_path / "hlo")]
     subprocess.run(command, env=env, cwd=ROOT, check=True)
     (file,) = (tmp_path / "hlo").iterdir()
     assert file.read_text().startswith("HloModule")
