@@ -4,7 +4,8 @@
     python benchmarks/tpu_decode.py [--layers N] [--only TEXT]
 
 What `qwen3-jax plan --infer` compiles and reads, for a few models, slices and batches, with the cache's copies counted.
-Nothing is timed, and the estimate leans low. Of conditionals the dearer branch counts (sampling, not greedy).
+Nothing is timed, and estimates tend to be too low. Of a conditional, the more expensive branch counts (sampling, not
+greedy).
 """
 
 from __future__ import annotations

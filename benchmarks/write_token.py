@@ -17,7 +17,7 @@ from decode import thinking_tokens
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.decode import Request
 from qwen3_jax.decode.budget import UNLIMITED
-from qwen3_jax.decode.loop import decode, prefill
+from qwen3_jax.decode.loop import begin, decode, read_prompts
 from qwen3_jax.decode.pack import pack, pack_markers
 
 NEW, TURNS = 128, 7
@@ -37,8 +37,8 @@ def measure(batch: int) -> None:
 
     @jax.jit
     def ours() -> jax.Array:
-        there, cache = packed.there_BP, jnp.zeros(())
-        state = prefill(forward, packed.prompt_BP, there, packed.rows, packed.budget, markers, cache, NEW)
+        prompts = read_prompts(forward, packed.prompt_BP, packed.there_BP, jnp.zeros(()))
+        state = begin(prompts, packed.rows, packed.budget, markers, NEW)
         return decode(forward, state, packed.rows, markers, jnp.int32(UNLIMITED)).tokens_BM
 
     @jax.jit
@@ -53,9 +53,9 @@ def measure(batch: int) -> None:
     times: dict[str, list[float]] = {"ours": [], "bare": []}
     for _ in range(TURNS + 1):
         for name, loop in (("ours", ours), ("bare", bare)):
-            begin = time.perf_counter()
+            started = time.perf_counter()
             np.asarray(loop())
-            times[name].append((time.perf_counter() - begin) / NEW * 1e3)
+            times[name].append((time.perf_counter() - started) / NEW * 1e3)
     for name, values in times.items():
         least, most = min(values[1:]), max(values[1:])  # the first turn compiles
         print(f"batch {batch}, {name}: {statistics.median(values[1:]):.2f} ms ({least:.2f}..{most:.2f})")
