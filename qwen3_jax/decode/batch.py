@@ -30,7 +30,7 @@ def generate(
     dtype: Any = None,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> list[Result]:
-    """Continues every prompt, all rows in one batch and one compiled program (report, section 4.3; rules in `budget`).
+    """Continues every prompt in one batch and one compiled program (report, section 4.3; rules in `budget`).
 
     Args:
       params: weights of `Qwen3(config)`, stacked or per layer.
@@ -67,7 +67,7 @@ def generate(
 
 
 def results(written: Any) -> list[Result]:
-    """The result of each row, from all that it wrote (`Written`, or a `DecodeState` of one entry of the loop)."""
+    """The result of each row, from a `Written` (or a `DecodeState`) that holds all its tokens."""
     written = jax.device_get(written)
     found = []
     for index in range(len(written.tokens_BM)):

@@ -8,9 +8,9 @@ The rules, one row at a time. N counts the tokens sampled strictly between `<thi
   is `</think>` the end is natural, otherwise it is discarded and STOP begins in its place.
 - With `grace` g that happens after the first token ending in a newline among those from B + 1 to B + g, and after
   token B + g at the latest.
-- A cut waits for at most 3 more tokens until a UTF-8 character that the thought has begun is whole.
-- A finite budget also ends when the stop text and `answer_reserve` tokens would no longer fit into the row's length; a
-  character that could not become whole in what is left is then not begun.
+- A cut waits for at most 3 more tokens until the last UTF-8 character of the thought is complete.
+- A finite budget also ends when the stop text and `answer_reserve` tokens would no longer fit into the row's length. A
+  character that could not be completed in the remaining room is then not begun.
 - A row with an automatic budget ends its thought as soon as the model gives `</think>` at least the probability
   `ready`: STOP begins at the `</think>` of its text.
 - An end-of-sequence token sampled in THINK is discarded and STOP begins in its place, so that there is an answer;
@@ -23,7 +23,7 @@ The rules, one row at a time. N counts the tokens sampled strictly between `<thi
 
 A non-thinking row (budget 0, or a mode flag) starts in STOP with the empty block as its forced text.
 
-What `advance` does with one row, by its phase and what it sampled. The first line that fits decides:
+What `advance` does with one row, by its phase and what it sampled. The first line that applies decides:
 
 | phase         | sampled, or state            | next phase | writes, and how the thought ended              |
 |---------------|------------------------------|------------|------------------------------------------------|
@@ -43,7 +43,7 @@ What `advance` does with one row, by its phase and what it sampled. The first li
 | ANSWER        | end of sequence              | DONE       | the token                                      |
 | ANSWER        | any other                    | ANSWER     | the token                                      |
 
-Whatever the line, a row whose last token was written is DONE; if it would still be in THINK, its end is "length".
+In every case a row whose last token was written is DONE; if it would still be in THINK, its end is "length".
 
 There are no beams (every sample is a row with counters of its own), no draft tokens that could run past a boundary,
 and no grammar that would have to wait for the thought's end.
@@ -77,7 +77,7 @@ from qwen3_jax.decode.opening import (
 
 
 class Markers(NamedTuple):
-    """ThinkingTokens as arrays, so that another tokenizer or stop text never recompiles; -1 is an id that never is."""
+    """ThinkingTokens as arrays, so that another tokenizer or stop text never recompiles; -1 is no id."""
 
     think: jax.Array
     end_think: jax.Array
@@ -91,7 +91,7 @@ class Markers(NamedTuple):
 
 @struct.dataclass
 class Limits:
-    """What each row was asked for; constant during decoding.
+    """The limits of each row; constant during decoding.
 
     budget_B: most thinking tokens, UNLIMITED for no budget.
     grace_B: tokens beyond the budget that may go by until a line ends.
@@ -143,7 +143,7 @@ class BudgetState:
 
     @property
     def active_B(self) -> jax.Array:
-        """Rows that go on."""
+        """Rows that are not done."""
         return self.phase_B != DONE
 
 
@@ -170,11 +170,11 @@ def advance(
     """One step of the rules at the top of this file.
 
     Args:
-      sampled_B: the token that each row would write if nothing were forced.
+      sampled_B: the sampled token of each row, which it writes unless one is forced.
       last_B: the token before it. end_prob_B: the probability that the model gives `</think>` now.
 
     Returns:
-      (state, tokens_B, forced_B): the tokens to write, and which of them were forced. Those of DONE rows mean nothing.
+      (state, tokens_B, forced_B): the tokens to write, and which of them are forced; undefined for DONE rows.
     """
     active = state.active_B
     is_eos = markers.eos_V[sampled_B]
@@ -184,16 +184,16 @@ def advance(
 
     opens = starting & (sampled_B == markers.think)
     closes = free & (sampled_B == markers.end_think)
-    whole = state.unfinished_B == 0
+    complete = state.unfinished_B == 0  # the thought does not end inside a UTF-8 character
     unfinished = markers.unfinished_V[sampled_B].astype(jnp.int32)
     unfinished = jnp.where(unfinished >= 0, unfinished, jnp.maximum(state.unfinished_B + unfinished, 0))
     over = state.thinking_B - limits.grace_B  # N - grace, so that no budget overflows
     spent = (over >= limits.budget_B) | ((state.thinking_B > limits.budget_B) & markers.newlines_V[last_B])
-    spent &= whole | (over - MAX_WAIT >= limits.budget_B)
+    spent &= complete | (over - MAX_WAIT >= limits.budget_B)
     room = limits.max_new_B - limits.reserve_B - limits.forced_len_B - state.written_B
-    no_room = (limits.budget_B < UNLIMITED) & ((room <= 0) | (whole & (unfinished >= room)))
+    no_room = (limits.budget_B < UNLIMITED) & ((room <= 0) | (complete & (unfinished >= room)))
     cut = free & ~closes & (spent | no_room)
-    ready = free & ~closes & ~cut & whole & (end_prob_B >= limits.ready_B)
+    ready = free & ~closes & ~cut & complete & (end_prob_B >= limits.ready_B)
     eos_in_thought = thinking & is_eos & ~cut & ~ready
     eos_closes = eos_in_thought & free & ~limits.eos_stops_B
 

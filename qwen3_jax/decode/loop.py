@@ -1,4 +1,4 @@
-"""The decoder: the prompts, then one `jax.lax.while_loop` that carries everything a row needs.
+"""The decoder: prefill of the prompts, then one `jax.lax.while_loop`. Its carry holds everything that a row needs.
 
 Shapes: B rows, P prompts, T prompt slots, M columns of the buffers, V vocabulary.
 """
@@ -23,10 +23,10 @@ Forward = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]
 
 @struct.dataclass
 class Rows:
-    """What each row was asked for. All of it is data: no value of it ever recompiles.
+    """The settings of each row. All of them are data: no value causes a recompilation.
 
     limits: budget, length and forced text. sampling: settings and seed.
-    prompt_len_B: tokens of the prompt; the token written k-th stands at position prompt_len + k.
+    prompt_len_B: number of tokens of the prompt; new token k (from 0) has position prompt_len + k.
     """
 
     limits: Limits
@@ -36,12 +36,12 @@ class Rows:
 
 @struct.dataclass
 class DecodeState:
-    """Everything the loop carries. Leaving the loop and entering it again with this state changes no token.
+    """The carry of the loop. Leaving the loop and entering it again with this state changes no token.
 
     budget: phase, thinking count and the other counters of each row.
     last_B: the token each row wrote last, the input of the next forward pass.
-    column: where in the three buffers below the next token of every row goes. A pool sets it to 0 each time that it
-      enters the loop, so that the buffers hold just the tokens that are new.
+    column: the column of the three buffers below that the next token of every row is written to. A pool sets it to 0
+      whenever it enters the loop, so that the buffers hold only the new tokens.
     tokens_BM: tokens written. logprobs_BM: their log-probabilities under the unmodified logits.
     forced_BM: which of them were forced. A finished row leaves zeros.
     counts_BV: how often each row sampled each token, for the penalties.
@@ -60,7 +60,7 @@ class DecodeState:
 
 @struct.dataclass
 class Prompts:
-    """What reading P prompts leaves behind.
+    """The result of the prefill of P prompts.
 
     logits_PV: after each prompt. last_P: its last token. cache: keys and values of the prompts alone.
     """
@@ -71,15 +71,15 @@ class Prompts:
 
 
 def last_place(segment_ids_BT: jax.Array) -> jax.Array:
-    """[B] place of each row's last token; the last place of all in a row that has none."""
+    """[B] index of each row's last token; T - 1 for a row without tokens."""
     return segment_ids_BT.shape[1] - 1 - jnp.argmax(segment_ids_BT[:, ::-1] > 0, axis=1)
 
 
 def read_prompts(forward: Forward, prompt_PT: jax.Array, there_PT: jax.Array, cache: Any) -> Prompts:
-    """Runs the prompts through the network.
+    """Prefill: runs the prompts through the network.
 
     Args:
-      there_PT: bool, false at padding, on whichever side it is.
+      there_PT: bool, false at padding, on either side.
       cache: empty, with T slots.
     """
     positions_PT = jnp.maximum(jnp.cumsum(there_PT, axis=1, dtype=jnp.int32) - 1, 0)
@@ -141,7 +141,7 @@ def write_token(state: DecodeState, logits_BV: jax.Array, rows: Rows, markers: M
 
 
 def decode(forward: Forward, state: DecodeState, rows: Rows, markers: Markers, max_steps: jax.Array) -> DecodeState:
-    """Goes on until every row is done, or for `max_steps` tokens a row."""
+    """Runs the loop until every row is done, for at most `max_steps` tokens per row."""
 
     def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
         step, state = carry

@@ -1,4 +1,4 @@
-"""How a row begins: the phases, and the state that a prompt leaves behind. Host only, without jax."""
+"""How a row begins: the phases, and the phase that a prompt ends in. Runs on the host, without jax."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ _READY, _NEVER = 0.25, 2.0  # probabilities of </think>: by default enough, and 
 
 
 class Opening(NamedTuple):
-    """How a row starts: its phase, the thinking tokens already there, what STOP will emit and how the thought ended."""
+    """The first state of a row.
+
+    phase: START, THINK, STOP or ANSWER. end: how the thought ended, as an index into THINKING_ENDS.
+    forced: what STOP emits. thinking: thinking tokens in the prompt. unfinished: bytes missing from the thought's last
+      character. in_tool: inside a tool call of the thought.
+    """
 
     phase: int
     end: int
@@ -31,10 +36,10 @@ class Opening(NamedTuple):
 
 
 def check_request(request: Request, config: ModelConfig, tokens: ThinkingTokens) -> int:
-    """The most tokens that this request may write: `max_new_tokens`, or what the context leaves.
+    """The maximum number of new tokens: `max_new_tokens`, or what the prompt leaves of the context.
 
     Raises:
-      ValueError: `field: value; what would fit`, for what only the model or the tokenizer can refuse.
+      ValueError: `field: value; what would fit`, where the model or the tokenizer does not allow a value.
     """
     context, length = config.max_position_embeddings, len(request.prompt_ids)
     if length >= context:
@@ -57,7 +62,7 @@ def check_request(request: Request, config: ModelConfig, tokens: ThinkingTokens)
 
 
 def budget_of(request: Request) -> int:
-    """Most thinking tokens; UNLIMITED for no budget."""
+    """The maximum number of thinking tokens; UNLIMITED for no budget."""
     budget = request.thinking_budget
     if budget == "auto":  # finite, so that the thought is cut where room for the answer ends
         return UNLIMITED - 1 if request.auto_cap is None else min(request.auto_cap, UNLIMITED - 1)
@@ -74,10 +79,10 @@ def ready_of(request: Request) -> float:
 
 
 def opening_of(request: Request, tokens: ThinkingTokens) -> Opening:
-    """The state that a prompt leaves behind.
+    """The first state of a row, by its prompt.
 
-    Only the generation prompt is read, which is what follows the last end of a turn: markers that a user typed stand
-    before that end and open nothing.
+    Only the generation prompt counts, which is what follows the last end of a turn. Markers that a user typed come
+    before it and open no thought.
 
     Raises:
       ValueError: the request is non-thinking, but its prompt ends inside a thought.

@@ -8,13 +8,12 @@ A pool is a surface on which a file of prompts, rollouts or a server each write 
     while events := pool.step():
         ...
 
-Each step leaves the loop once. Then new prompts run through a prefill of their own and are put in the free places, and
-the cache is fitted to the rows in flight: its prompt slots to the longest prompt, its ring to the longest continuation.
-None of this shows in the tokens of a row: they depend on its own request alone, up to rounding where a near tie between
-two tokens is decided.
+Before each step, prompts of new requests are prefilled and put in free places, and the cache is resized to the rows in
+flight: its prompt slots to the longest prompt, its ring to the longest continuation. The tokens of a row depend on none
+of this, only on its own request, except where rounding decides between two tokens that are nearly tied.
 
-Over several processes every one of them must make the same calls in the same order. What a step decides from is
-replicated, so all decide alike.
+With several processes, all of them must make the same calls in the same order. The results that a step depends on are
+replicated, so all processes make the same decisions.
 """
 
 from __future__ import annotations
@@ -40,18 +39,19 @@ from qwen3_jax.request import Request, Result
 from qwen3_jax.text.thinking import ThinkingTokens
 from sharding import num_parts
 
-_compiled: set[Any] = set()  # programs, by what they do and for which shapes
+_compiled: set[Any] = set()  # programs that this process has compiled, by kind and shapes
 
 
 class Pool:
     """`rows` places that decode together.
 
     config, params, tokens, dtype: as for `generate`.
-    rows: those of the cache are split over the mesh's batch axes; a number that they do not divide costs copies.
-    max_new: most tokens that any request may write.
-    steps: most tokens that a row writes in a step, beside its first.
-    max_prompt: most tokens of any prompt. The cache is then made once for such prompts and `max_new` tokens, and never
-      resized, so that `warm_up` can compile everything beforehand. None fits the cache to the rows in flight.
+    rows: number of places. The mesh's batch axes should divide it; otherwise XLA pads and copies.
+    max_new: maximum number of new tokens of any request.
+    steps: maximum number of tokens that a row writes in a step, besides its first.
+    max_prompt: maximum number of tokens of any prompt. The cache is then allocated once, for such prompts and `max_new`
+      tokens, and never resized, so that `warm_up` can compile every program. With None, it is resized to the rows in
+      flight.
     announce: called with (what, seconds) for each program that this process compiles.
     """
 
@@ -91,7 +91,7 @@ class Pool:
         return self._schedule.load
 
     def submit(self, key: Hashable, request: Request) -> None:
-        """Adds a request; it is begun by the first step that has a place for it. Long prompts are best put first.
+        """Adds a request; the first step that has a free place begins it. Submit long prompts first where you can.
 
         Raises:
           ValueError: `field: value; what would fit`. The rows in flight go on.
@@ -105,17 +105,17 @@ class Pool:
         self._schedule.submit(Row(key, request, limit))
 
     def cancel(self, key: Hashable) -> Result | None:
-        """Ends a request where it is; returns what it has written, None if it has not begun or is not there."""
+        """Ends a request; returns what it has written, None if it has not begun or is unknown."""
         place, result = self._schedule.cancel(key)
         if place is not None:
             self._cancelled.add(place)
         return result
 
     def set_weights(self, params: Any) -> None:
-        """Other weights of the same model, in any layout that `decoding_weights` takes, from the next step on.
+        """Replaces the weights, from the next step on. They may have any layout that `decoding_weights` accepts.
 
-        Rows in flight go on over the keys and values that the old weights made. Every set of one layout runs the same
-        program. The old weights are dropped first: at most both layouts are in memory.
+        Rows in flight keep the keys and values that the old weights made. Weights of one layout always run the same
+        program. The old weights are freed first: at most the given and the decoding layout are in memory.
         """
         self._schedule.forget_prompts()
         self._params = None
@@ -138,7 +138,7 @@ class Pool:
         return self._schedule.record(list(zip(admissions, first, strict=True)), written)
 
     def warm_up(self) -> None:
-        """Compiles every program that the pool will run, so that no step has to.
+        """Compiles every program that the pool will run.
 
         Raises:
           ValueError: `max_prompt` was not given; the shapes then follow the requests.
@@ -160,7 +160,7 @@ class Pool:
         self._end_cancelled()
 
     def _decode(self, steps: int) -> Any:
-        """Enters the loop for so many steps; returns what it wrote."""
+        """Runs the loop for `steps` tokens per row; returns what it wrote."""
         assert self._state is not None
         column: Any = np.int32(0)  # a host scalar goes to the devices of every process
         state = dataclasses.replace(self._state, column=column)
@@ -171,7 +171,7 @@ class Pool:
         return written
 
     def _admit(self, admission: Admission) -> Any:
-        """Reads the prompts, unless that was done for an earlier admission, and puts the rows in their places."""
+        """Prefills the prompts, unless an earlier admission did, and puts the rows in their places."""
         reading, rows, sources, places, size = admission
         if reading.made is None:
             spare = [reading.prompts[0]] * (reading.size - len(reading.prompts))
@@ -190,7 +190,7 @@ class Pool:
         return first
 
     def _fit_cache(self) -> None:
-        """Makes the cache hold what the rows in flight need until the loop is left again."""
+        """Allocates or resizes the cache for what the rows in flight need until the loop is left again."""
         cache = None if self._state is None else self._state.cache
         now = None if cache is None else (cache.prompt_slots, cache.ring_slots)
         slots = self._schedule.cache_slots(now)
@@ -221,7 +221,7 @@ class Pool:
 
     @contextlib.contextmanager
     def _compiling(self, what: str, shapes: str) -> Iterator[None]:
-        """Announces how long the first dispatch of a program takes in this process, which is its compilation."""
+        """Announces a program that this process runs for the first time, with the duration of the call: it compiles."""
         start = time.perf_counter()
         yield
         program = (what, shapes, self._model, bucket(self._steps), jax.sharding.get_abstract_mesh())

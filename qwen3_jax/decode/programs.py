@@ -1,5 +1,5 @@
-"""Every program that decoding compiles. Arguments may be arrays, or shapes with shardings: a laptop can compile each of
-them for a pod.
+"""Every program that decoding compiles. The arguments are arrays, or shapes with shardings: with shapes, a laptop
+compiles for a pod.
 
 Shapes: B rows, P prompts, T prompt slots, M columns of the buffers, A rows admitted together, D hidden_size,
 V vocabulary.
@@ -32,16 +32,16 @@ from sharding import DECODE_RULES, axis_rules, constrain, partition_spec
 # XLA's TPU compiler would fetch some layers' caches into vector memory to write new slots there, and write all of it
 # back. This makes it fetch only where nearly all that it moves is read.
 _TPU_OPTIONS = {"xla_tpu_msa_inefficient_use_to_copy_ratio": "0.75"}
-# No value matters to a shape, and all texts have this length once they are padded.
+# Any ids will do: only shapes are used, and `pack_rows` pads the texts to one length.
 _TOKENS = ThinkingTokens(think=0, end_think=1, eos=(2,), stop_ids=(1,), empty_block=(0, 1))
 
 Tree = TypeVar("Tree")
 
 
 class Written(NamedTuple):
-    """What a program wrote, replicated over the mesh, so that every process reads it and decides alike.
+    """What a program wrote, replicated over the mesh: every process reads it and makes the same decisions.
 
-    budget: the rows' counters after it. The others are the columns of `DecodeState`.
+    budget: the rows' counters at its end. The others are as in `DecodeState`.
     """
 
     budget: BudgetState
@@ -51,7 +51,7 @@ class Written(NamedTuple):
 
 
 def network(model: Qwen3, params: Any, *, prefill: bool = False) -> Forward:
-    """The network as the loop calls it: only each row's last token is turned into logits.
+    """The network as a function for the loop, which computes the logits of each row's last token only.
 
     Args:
       prefill: the cache is empty, and the tokens attend among themselves.
@@ -110,7 +110,7 @@ def _resume_on(platform: str) -> Any:
 def resume(
     params: Any, state: Any, rows: Any, markers: Markers, max_steps: Any, *, model: Qwen3
 ) -> tuple[DecodeState, Written]:
-    """The loop entered again, one program; it takes over the state's memory."""
+    """Goes on with the loop, as one program. `state` is donated."""
     left: tuple[DecodeState, Written] = _resume_on(cpu.platform())(params, state, rows, markers, max_steps, model=model)
     return left
 
@@ -120,10 +120,11 @@ def resume(
 def empty_state(
     settings: Rows, budget: BudgetState, *, model: Qwen3, rows: int, slots: tuple[int, int], columns: int
 ) -> tuple[DecodeState, Rows]:
-    """`rows` finished rows, with the shapes of `settings` and `budget`, which are of one row.
+    """A state of `rows` finished rows.
 
     Args:
-      slots: of the cache, for the prompts and the ring.
+      settings, budget: of one row, for their shapes.
+      slots: prompt slots and ring slots of the cache.
     """
     settings, budget = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), (settings, budget))
     state = DecodeState(
@@ -151,10 +152,11 @@ def admit(
     markers: Markers,
     places_A: jax.Array,
 ) -> tuple[DecodeState, Rows, Written]:
-    """Writes the first token of new rows and puts them in their places; a row for a place beyond the last is dropped.
+    """Writes the first token of new rows and puts the rows in their places.
 
     Args:
-      source_A: which of the prompts each new row continues.
+      source_A: index of the prompt that each new row continues.
+      places_A: index of each new row's place; a row with an index beyond the last place is dropped.
     """
     read = dataclasses.replace(prompts, logits_PV=prompts.logits_PV[source_A], last_P=prompts.last_P[source_A])
     new = begin(read, new_rows, new_budget, markers, 1)
@@ -175,20 +177,20 @@ def admit(
 @functools.partial(jax.jit, static_argnames="slots")
 @axis_rules(DECODE_RULES)
 def resize(cache: KVCache, *, slots: tuple[int, int]) -> KVCache:
-    """The cache with other numbers of slots, for the prompts and the ring."""
+    """The cache with other numbers of prompt slots and ring slots."""
     resized = cache.resize(*slots)
     return _lay_out(resized, resized.axes)
 
 
 @jax.jit
 def replicate(tree: Any) -> Any:
-    """Host arrays on every device of the mesh in context, so that no later call transfers them again."""
+    """Host arrays on every device of the current mesh, so that no later call transfers them again."""
     return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), tree)
 
 
 @functools.partial(jax.jit, donate_argnames="budget")
 def end(budget: BudgetState, ended_B: jax.Array) -> BudgetState:
-    """These rows are over, by a decision from outside."""
+    """Ends the rows of `ended_B`, wherever they are."""
     return dataclasses.replace(budget, phase_B=jnp.where(ended_B, DONE, budget.phase_B))
 
 
@@ -214,18 +216,18 @@ def _written(state: DecodeState) -> Written:
 
 
 def row_axes(tree: Tree) -> Tree:
-    """Logical axes of arrays whose first axis is the rows: they are sharded as the choice of tokens is."""
+    """Logical axes of arrays [B, ...], which are sharded by rows as sampling is."""
     return jax.tree.map(lambda x: ("sample_batch", *[None] * (x.ndim - 1)), tree)
 
 
 def state_axes(state: DecodeState) -> DecodeState:
-    """Logical axes of each array of a state, as a tuple of names in its place."""
+    """The state with a tuple of logical axes in place of each array."""
     fields: dict[str, Any] = {name: row_axes(value) for name, value in vars(state).items() if name != "cache"}
     return dataclasses.replace(state, **fields | {"cache": state.cache.axes, "column": ()})
 
 
 def _lay_out(tree: Tree, axes: Tree) -> Tree:
-    """Arrays laid out over the mesh in context, within a program."""
+    """Constrains arrays to these logical axes, inside a program."""
     return jax.tree.map(lambda x, names: constrain(x, *names), tree, axes)
 
 
@@ -237,7 +239,7 @@ def _lay_out_prompts(prompts: Prompts) -> Prompts:
 
 
 class StepShapes(NamedTuple):
-    """What one call of the loop takes, as shapes and shardings."""
+    """The arguments of `resume`, as shapes with shardings."""
 
     params: Any
     state: DecodeState
@@ -247,14 +249,14 @@ class StepShapes(NamedTuple):
 
 
 def template(config: ModelConfig, tokens: ThinkingTokens) -> tuple[Rows, BudgetState]:
-    """Settings and state of one row, for their shapes."""
+    """Settings and state of one row; only their shapes matter."""
     return pack_rows([Request((0,), max_new_tokens=1)], [1], config, tokens)
 
 
 def step_shapes(
     config: ModelConfig, mesh: Mesh, *, batch: int, slots: tuple[int, int], columns: int, dtype: Any = jnp.bfloat16
 ) -> StepShapes:
-    """Those of `batch` rows whose cache has `slots` for the prompts and the ring."""
+    """The arguments of `resume` for `batch` rows; `slots`: prompt slots and ring slots of the cache."""
     with jax.set_mesh(mesh):
         state, rows = empty_state.eval_shape(
             *template(config, _TOKENS), model=Qwen3(config, dtype=dtype), rows=batch, slots=slots, columns=columns
@@ -268,7 +270,7 @@ def step_shapes(
 
 
 def lower_step(config: ModelConfig, mesh: Mesh, takes: StepShapes, dtype: Any = jnp.bfloat16) -> jax.stages.Lowered:
-    """The loop for the mesh's devices, to be compiled."""
+    """`resume`, lowered for the devices of the mesh."""
     with jax.set_mesh(mesh):
         lowered: jax.stages.Lowered = _resume_on(cpu.platform()).lower(*takes, model=Qwen3(config, dtype=dtype))
         return lowered
@@ -277,7 +279,7 @@ def lower_step(config: ModelConfig, mesh: Mesh, takes: StepShapes, dtype: Any = 
 def lower_prefill(
     config: ModelConfig, mesh: Mesh, *, batch: int, prompt_slots: int, dtype: Any = jnp.bfloat16
 ) -> jax.stages.Lowered:
-    """One prefill of `batch` prompts."""
+    """`prefill` of `batch` prompts, lowered for the devices of the mesh."""
     takes = weight_shapes(config, mesh, dtype), *_replicated(pack_prompts([(0,)] * batch, prompt_slots), mesh)
     with jax.set_mesh(mesh):
         return prefill.lower(*takes, model=Qwen3(config, dtype=dtype))

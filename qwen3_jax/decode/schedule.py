@@ -1,4 +1,4 @@
-"""Which request takes which place, and when. Host only, without jax.
+"""Which request takes which place, and when. Runs on the host, without jax.
 
 A request waits until a place is free. Requests of the same prompt share one prefill: what was read of a prompt is kept
 until its last waiting request has a place. Sizes are powers of two, so that programs are few.
@@ -15,25 +15,25 @@ from typing import Any, NamedTuple
 from qwen3_jax.decode.opening import DONE, THINKING_ENDS
 from qwen3_jax.request import Request, Result
 
-# Shapes are rounded up to this, so that prompts and lengths of about the same size share a compiled program.
+# Sizes are rounded up to a multiple of this, so that similar prompts and lengths share a compiled program.
 BUCKET = 32
-STEPS = 32  # most tokens that a row writes before the loop is left, unless the pool is told otherwise
-_PREFILL_TOKENS = 16384  # most tokens of one prefill, padding included: bounds its activations
+STEPS = 32  # default of the maximum number of tokens that a row writes before the loop is left
+_PREFILL_TOKENS = 16384  # maximum number of tokens in one prefill, padding included: bounds its activations
 _FEW = 4  # rows of a prefill or an admission that fills single places
 
 
 def round_up(n: int, multiple: int = BUCKET) -> int:
-    """The least multiple that holds `n`."""
+    """`n`, rounded up to a multiple."""
     return -(-n // multiple) * multiple
 
 
 def bucket(n: int, least: int = BUCKET) -> int:
-    """The least power of two that holds `n`, at least `least`."""
+    """The smallest power of two that is at least `n` and at least `least`."""
     return max(least, 1 << (n - 1).bit_length())
 
 
 def max_prefill_rows(slots: int, parts: int) -> int:
-    """Rows with prompts of so many slots that are prefilled together, where the mesh splits rows into `parts`."""
+    """How many rows with `slots` prompt slots are prefilled together, where the mesh shards rows into `parts`."""
     return max(_PREFILL_TOKENS // slots // parts * parts, parts)
 
 
@@ -180,7 +180,7 @@ class Schedule:
         return place, row.result()
 
     def forget_prompts(self) -> None:
-        """Prompts read with other weights are read anew."""
+        """Drops prefilled prompts: after a change of weights they must be prefilled again."""
         self._read.clear()
 
     def admissions(self) -> list[Admission]:

@@ -1,4 +1,4 @@
-"""How probable given tokens are: what a teacher, an importance ratio and a likelihood benchmark ask for.
+"""Log-probabilities of given tokens, for a teacher, an importance ratio or a likelihood benchmark.
 
 Shapes: B rows, T tokens of a row.
 """

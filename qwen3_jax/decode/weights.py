@@ -1,4 +1,4 @@
-"""Weights as decoding wants them: one entry per layer, sharded by `sharding.DECODE_RULES`."""
+"""The decoding layout of the weights: one entry per layer, sharded by `sharding.DECODE_RULES`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sharding import DECODE_RULES, axis_rules, named_shardings
 
 @axis_rules(DECODE_RULES)
 def weight_shapes(config: ModelConfig, mesh: Mesh, dtype: Any) -> Any:
-    """The weights, one entry per layer, as shapes and shardings."""
+    """The decoding layout as shapes with shardings."""
     init = Qwen3(config, stacked=False).init
     boxed: Any = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     return jax.tree.map(
@@ -28,7 +28,7 @@ def weight_shapes(config: ModelConfig, mesh: Mesh, dtype: Any) -> Any:
 
 
 def decoding_weights(config: ModelConfig, params: Any, dtype: Any = None) -> Any:
-    """Weights in any layout of the model (stacked or per layer, any dtype, any sharding) as decoding wants them.
+    """Weights of any layout (stacked or per layer, any dtype, any sharding) in the decoding layout.
 
     One compiled program unstacks, casts and reshards them; the same program serves every later set of weights. Weights
     that need neither unstacking nor a cast are moved one by one, and those already in place are not copied.

@@ -43,7 +43,7 @@ from qwen3_jax.ops.zigzag import num_chunks
 from sharding import constrain, num_parts, split_axes
 
 ExpertDispatch = Literal["einsum", "ragged"]
-# What a layer's backward pass may find instead of recompute.
+# Activations that can be kept for the backward pass, so that it does not recompute them.
 Activation = Literal["qkv", "attention", "mlp", "dispatch"]
 
 
@@ -91,7 +91,8 @@ class Attention(nn.Module):
         k_norm_H = declare(self, "k_norm", (h,), ("norm",), nn.initializers.ones)
 
         q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(linear(x_BTD, weight), "qkv") for weight in (wq_NHD, wk_KHD, wv_KHD))
-        # First as the weights lie, then as attention wants it: a single constraint would gather weights.
+        # Two constraints: first the sharding of the weights, then that of attention. With the second alone, XLA would
+        # all-gather the weights.
         q_BTNH = constrain(q_BTNH, "batch", "length", "heads", None)
         k_BTKH, v_BTKH = (constrain(x, "batch", "length", "kv_heads", None) for x in (k_BTKH, v_BTKH))
         q_BTNH = constrain(q_BTNH, "attention_batch", "length", "act_heads", None)

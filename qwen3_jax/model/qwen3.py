@@ -1,4 +1,4 @@
-"""The whole network: one forward function for training, rollout and serving.
+"""The network: one forward function for training, rollout and serving.
 
 Shapes: B batch, T tokens, S cache slots, D hidden_size, V vocab_size, L routed layers, E experts.
 """
@@ -28,7 +28,7 @@ from sharding import constrain, num_parts
 
 @struct.dataclass
 class Output:
-    """Result of a forward pass. What is not used is not computed under jit.
+    """Result of a forward pass. Under jit, fields that are not used are not computed.
 
     logits: [B, T, V] float32.
     hidden: [B, T, D], after the last norm; `unembed` turns any part of it into logits.
@@ -47,14 +47,14 @@ class Qwen3(nn.Module):
 
     config: the architecture.
     dtype: of activations and of weights where they are used; None takes the embedding table's.
-    capacity_factor: places per expert as a multiple of the mean load, the rest is dropped; None drops nothing.
-    group_size: tokens that share an expert's places; dispatch costs grow with it, drops shrink.
-    expert_dispatch: "einsum" as those two say; "ragged" drops nothing and needs neither, see `moe_ragged`.
+    capacity_factor: slots per expert as a multiple of the mean load; further tokens are dropped. None drops nothing.
+    group_size: tokens that share an expert's slots; with larger groups dispatch costs more and drops fewer tokens.
+    expert_dispatch: "einsum" uses those two; "ragged" drops nothing and ignores both, see `moe_ragged`.
     stacked: the layout of the weights, see `layout`: one array for a run of equal layers, which training scans over; or
       one for each layer, as `hf.load_checkpoint` reads them and as a cache needs them.
-    remat: recompute each layer in the backward pass instead of keeping its activations, all but those in `keep`:
+    remat: recompute each layer's activations in the backward pass, except those in `keep`:
       "qkv" (before norm and rotation), "attention" (the kernel's result and the projection of it), "mlp" (gate and up)
-      and, of experts, "dispatch" (tokens at their places).
+      and, of experts, "dispatch" (tokens in their slots).
     """
 
     config: ModelConfig
@@ -76,19 +76,19 @@ class Qwen3(nn.Module):
         *,
         prefill: bool = False,
     ) -> Output:
-        """Logits of the next token at every place.
+        """Logits of the next token at every position.
 
         Args:
           tokens_BT: token ids.
           positions: [B, T] position of each token in its own sequence; None counts from 0 at each segment's start.
           segment_ids: [B, T], tokens attend within their segment only; 0 is padding, ignored by attention, experts
             and statistics. None is one segment per row.
-          cache: keys and values of what came before; a row is then one sequence, and its `positions` must be given.
-          prefill: nothing came before: the tokens attend among themselves, and the cache only takes their keys and
-            values.
+          cache: keys and values of earlier tokens; a row is then one sequence, and its `positions` must be given.
+          prefill: the cache is empty: the tokens attend to each other only, and their keys and values are written to
+            the cache.
 
         Raises:
-          ValueError: naming the argument that does not go with the others.
+          ValueError: naming the argument that contradicts the others.
         """
         cfg = self.config
         if not self.is_initializing() and is_stacked(cfg, self.variables["params"]) != self.stacked:
@@ -113,7 +113,11 @@ class Qwen3(nn.Module):
         x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
         cos_BTR, sin_BTR = rope_tables(cfg, positions)
         if cache is None:
-            x_BTD, router = self._layers(x_BTD, Context(cos_BTR, sin_BTR, segment_ids))
+            context = Context(cos_BTR, sin_BTR, segment_ids)
+            if self.stacked:
+                x_BTD, stats = self._scanned_layers(x_BTD, context)
+            else:
+                x_BTD, stats, _ = self._separate_layers(x_BTD, context, None)
             x_BTD = from_zigzag(x_BTD)
         else:
             stored_BT = jnp.where(segment_ids > 0, positions, EMPTY)
@@ -122,14 +126,12 @@ class Qwen3(nn.Module):
             if not prefill:
                 mask_BTS = positions_BS[:, None, :] <= positions[:, :, None]
                 context = dataclasses.replace(context, mask_BTS=mask_BTS, write_late=cpu.platform() != "cpu")
-            x_BTD, router, keys, values = self._cached_layers(x_BTD, context, cache)
-            cache = dataclasses.replace(
-                cache,
-                keys=keys,
-                values=values,
-                positions_BS=positions_BS,
-                next_slot=cache.slot_after(tokens_BT.shape[1]),
-            )
+            x_BTD, stats, cached = self._separate_layers(x_BTD, context, cache)
+            keys, values = zip(*cached, strict=True)
+            next_slot = cache.slot_after(tokens_BT.shape[1])
+            cache = dataclasses.replace(cache, keys=keys, values=values, positions_BS=positions_BS, next_slot=next_slot)
+        routed = [layers for layers in stats if layers is not None]
+        router = jax.tree.map(lambda *layers: jnp.concatenate(layers), *routed) if routed else None
 
         scale_D = declare(self, "norm", (cfg.hidden_size,), ("norm",), nn.initializers.ones)
         hidden_BTD = rms_norm(x_BTD, scale_D, cfg.rms_norm_eps)
@@ -141,52 +143,48 @@ class Qwen3(nn.Module):
     def _normal(self) -> Any:
         return nn.initializers.normal(self.config.initializer_range)
 
+    def _body(self) -> Any:
+        # prevent_cse is needed outside a scan only, and costs fusions inside one.
+        policy = jax.checkpoint_policies.save_only_these_names(*self.keep)
+        return nn.remat(Layer, prevent_cse=not self.stacked, policy=policy) if self.remat else Layer
+
     def _layer(self, module: Any, layer: int, name: str) -> Any:
         moe = self.config.is_moe_layer(layer)
         return module(self.config, moe, self.capacity_factor, self.group_size, self.expert_dispatch, name=name)
 
-    def _layers(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, RouterStats | None]:
-        # prevent_cse is needed outside a scan only, and costs fusions inside one.
-        policy = jax.checkpoint_policies.save_only_these_names(*self.keep)
-        body = nn.remat(Layer, prevent_cse=not self.stacked, policy=policy) if self.remat else Layer
-        stats: list[RouterStats] = []
+    def _scanned_layers(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, list[RouterStats | None]]:
+        """The router's statistics have one entry per run of layers, with a leading axis of its layers."""
+        stats = []
         for start, stop in self.config.layer_runs:
-            if self.stacked:
-                scanned = nn.scan(
-                    body,
-                    variable_axes={"params": 0},
-                    split_rngs={"params": True},
-                    in_axes=(nn.broadcast,),
-                    length=stop - start,
-                    metadata_params={nn.PARTITION_NAME: "layers"},
-                )
-                x_BTD, (run_stats, _) = self._layer(scanned, start, run_name(start, stop))(x_BTD, context)
-                stats += [run_stats] if run_stats is not None else []
-            else:
-                for i in range(start, stop):
-                    x_BTD, (layer_stats, _) = self._layer(body, i, layer_name(i))(x_BTD, context)
-                    stats += [jax.tree.map(lambda s: s[None], layer_stats)] if layer_stats is not None else []
-        return x_BTD, jax.tree.map(lambda *s: jnp.concatenate(s), *stats) if stats else None
+            scanned = nn.scan(
+                self._body(),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast,),
+                length=stop - start,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            x_BTD, (run_stats, _) = self._layer(scanned, start, run_name(start, stop))(x_BTD, context)
+            stats.append(run_stats)
+        return x_BTD, stats
 
-    def _cached_layers(
-        self, x_BTD: jax.Array, context: Context, cache: KVCache
-    ) -> tuple[jax.Array, RouterStats | None, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        keys, values, stats = [], [], []
+    def _separate_layers(
+        self, x_BTD: jax.Array, context: Context, cache: KVCache | None
+    ) -> tuple[jax.Array, list[RouterStats | None], list[Any]]:
+        """The statistics and the keys and values have one entry per layer."""
+        body, stats, cached = self._body(), [], []
         for i in range(self.config.num_hidden_layers):
-            layer = self._layer(Layer, i, layer_name(i))
-            x_BTD, (layer_stats, (k, v)) = layer(x_BTD, context, (cache.keys[i], cache.values[i]))
-            keys.append(k)
-            values.append(v)
-            stats += [layer_stats] if layer_stats is not None else []
-        if context.write_late:
+            old = None if cache is None else (cache.keys[i], cache.values[i])
+            x_BTD, (layer_stats, new) = self._layer(body, i, layer_name(i))(x_BTD, context, old)
+            stats.append(jax.tree.map(lambda x: x[None], layer_stats))
+            cached.append(new)
+        if cache is not None and context.write_late:
             # A TPU fetches a layer's cache into vector memory to read it. Written while it is there, all of it would
             # have to go back.
-            x_BTD, keys, values = jax.lax.optimization_barrier((x_BTD, keys, values))
-            layers = zip(cache.keys, cache.values, keys, values, strict=True)
-            written = [write_slots((k, v), new_k, new_v, cache.next_slot) for k, v, new_k, new_v in layers]
-            keys, values = ([pair[i] for pair in written] for i in range(2))
-        router = jax.tree.map(lambda *s: jnp.stack(s), *stats) if stats else None
-        return x_BTD, router, tuple(keys), tuple(values)
+            x_BTD, cached = jax.lax.optimization_barrier((x_BTD, cached))
+            olds = zip(cache.keys, cache.values, strict=True)
+            cached = [write_slots(old, k, v, cache.next_slot) for old, (k, v) in zip(olds, cached, strict=True)]
+        return x_BTD, stats, cached
 
 
 def segment_positions(segment_ids_BT: jax.Array) -> jax.Array:
