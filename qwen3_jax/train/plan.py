@@ -18,7 +18,7 @@ from rich.console import Console
 from qwen3_jax.checkpoint import CHECKPOINTS
 from qwen3_jax.train.config import TrainConfig
 from qwen3_jax.train.run_directory import check_writable
-from qwen3_jax.train.start import NO_WEIGHT_SHAPE
+from qwen3_jax.train.start import different_weights
 from qwen3_jax.train.stop import StopSignal
 
 
@@ -37,12 +37,8 @@ def link_stages(stages: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
         for key in ("output_dir", "init_from"):
             if getattr(config, key) != getattr(first, key):
                 raise ValueError(f"stages.{name}.{key}: {getattr(config, key)!r}; the plan's, set outside stages, fits")
-        for field in dataclasses.fields(config.model):
-            value, fits = getattr(config.model, field.name), getattr(first.model, field.name)
-            if value != fits and field.name not in NO_WEIGHT_SHAPE:
-                raise ValueError(
-                    f"stages.{name}.model.{field.name}: {value!r}; that of the first stage, {fits!r}, fits"
-                )
+        for field, value, fits in different_weights(config.model, first.model):
+            raise ValueError(f"stages.{name}.model.{field}: {value!r}; that of the first stage, {fits!r}, fits")
         directory = str(epath.Path(config.output_dir) / name)
         linked[name] = dataclasses.replace(config, output_dir=directory, init_from=weights)
         weights = directory
