@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,8 @@ class MetricsLog:
         Raises:
           OSError: naming the directory.
         """
-        with self._named():
-            try:
-                self._file.close()
-            finally:
-                self._events.close()
+        with self._named(), closing(self._events):
+            self._file.close()
 
     def _put(self, event: Event) -> None:
         event.wall_time = time.time()

@@ -59,15 +59,13 @@ def run_plan(stages: Mapping[str, TrainConfig], run: Run, stop: StopSignal, cons
     names = list(stages)
     check_writable(stages[names[0]].output_dir)
     # A stage starts when the one before has ended: resume in the last one that has a checkpoint.
-    begun = [number for number, name in enumerate(names) if _last_step(stages[name]) is not None]
-    for number in range(max(begun, default=0), len(names)):
-        config = stages[names[number]]
-        console.print(f"stage    {names[number]}, {number + 1} of {len(names)}: {', '.join(names)}", highlight=False)
-        if run(config, stop, console) is not None:
+    first = max((number for number, name in enumerate(names) if _has_checkpoint(stages[name])), default=0)
+    for number, name in enumerate(names[first:], start=first + 1):
+        console.print(f"stage    {name}, {number} of {len(names)}: {', '.join(names)}", highlight=False)
+        if run(stages[name], stop, console) is not None:
             return
 
 
-def _last_step(config: TrainConfig) -> int | None:
-    """The step of a run's newest checkpoint, None if it has none."""
+def _has_checkpoint(config: TrainConfig) -> bool:
     directory = epath.Path(config.output_dir) / CHECKPOINTS
-    return max(ocp.utils.checkpoint_steps(directory), default=None) if directory.exists() else None
+    return directory.exists() and bool(ocp.utils.checkpoint_steps(directory))

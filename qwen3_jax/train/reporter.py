@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from qwen3_jax.optim import make_schedule
 from qwen3_jax.train.config import TrainConfig
@@ -47,15 +47,15 @@ class Reporter:
         self._peak, peak_source = peak_flops(jax.devices())
         self._announce(mesh, start, peak_source)
         self._log = MetricsLog(directory.files, start) if jax.process_index() == 0 else None
-        columns = (
-            TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+        self._progress = Progress(
+            "step {task.completed:,.0f}/{task.total:,.0f}",
             BarColumn(),
-            TextColumn("{task.fields[status]}"),
+            "{task.fields[status]}",
             TimeElapsedColumn(),
-            TextColumn("ETA"),
+            "ETA",
             TimeRemainingColumn(),
+            console=console,
         )
-        self._progress = Progress(*columns, console=console)
         self._task = self._progress.add_task("", total=config.steps, completed=start, status="compiling")
         self._added: tuple[int, Metrics, Batch] | None = None
         self._failure: str | None = None
