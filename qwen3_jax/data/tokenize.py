@@ -67,15 +67,18 @@ def tokenize_source(
     )
     directory.mkdir(parents=True, exist_ok=True)
     _begin(directory / manifest.NAME, begun)
-    make_shard = functools.partial(_make_shard, source.paths, tokenizer, directory, documents_per_shard)
-    numbers = range(-(-len(documents) // documents_per_shard))
+    # Of each shard, its file and the indices of its documents.
+    starts = range(0, len(documents), documents_per_shard)
+    files = [directory / f"{number:06d}.arrayrecord" for number in range(len(starts))]
+    indices = [range(len(documents))[start : start + documents_per_shard] for start in starts]
+    make_shard = functools.partial(_make_shard, source.paths, tokenizer)
     total, shards = Counts(), {}
     spawn = multiprocessing.get_context("spawn")  # a forked child of a process with jax's threads may hang
     with concurrent.futures.ProcessPoolExecutor(workers, spawn, initializer=end_with_parent) as pool:
         try:
-            for number, counts in enumerate(pool.map(make_shard, numbers)):
+            for file, counts in zip(files, pool.map(make_shard, files, indices), strict=True):
                 total = total.plus(counts)
-                shards[_shard_name(number)] = counts.documents
+                shards[file.name] = counts.documents
                 progress(total, len(documents))
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -102,13 +105,8 @@ def _open(paths: tuple[str, ...], tokenizer: str) -> tuple[DocumentSource, Encod
     return DocumentSource(paths), Encoder(load_tokenizer(tokenizer))
 
 
-def _make_shard(
-    paths: tuple[str, ...], tokenizer: str, directory: Path, documents_per_shard: int, number: int
-) -> Counts:
+def _make_shard(paths: tuple[str, ...], tokenizer: str, path: Path, indices: range) -> Counts:
     documents, encode = _open(paths, tokenizer)
-    path = directory / _shard_name(number)
-    first = number * documents_per_shard
-    indices = range(first, min(first + documents_per_shard, len(documents)))
     if (found := _count(path)).documents == len(indices):
         return found
     counts = Counts()
@@ -130,10 +128,6 @@ def _count(path: Path) -> Counts:
         records = []
     counts = (Counts.of(Encoded.from_bytes(record).example) for record in records)
     return functools.reduce(Counts.plus, counts, Counts())
-
-
-def _shard_name(number: int) -> str:
-    return f"{number:06d}.arrayrecord"
 
 
 def _write_manifest(path: Path, content: Manifest) -> None:

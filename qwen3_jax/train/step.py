@@ -1,5 +1,5 @@
-"""One optimiser step for any objective: micro-batches, gradient, update. A step that would spoil the weights has none.
-The loss on held-out data, which takes the same path without an update.
+"""What a run computes on a batch, for any objective: a step (micro-batches, gradient, update), the guard around it that
+takes no step which would spoil the weights, and the loss on held-out data.
 
 Shapes: A micro-batches.
 """
