@@ -22,10 +22,8 @@ from qwen3_jax.cli.config_file import load_config
 from qwen3_jax.data import DataConfig, make_loader
 from qwen3_jax.tasks.arithmetic import write_dataset
 from qwen3_jax.train import TrainConfig
-from qwen3_jax.train.guard import Guard, GuardedState
 from qwen3_jax.train.pretrain import next_token
 from qwen3_jax.train.program import TrainProgram
-from qwen3_jax.train.step import TrainState
 from sharding import MeshConfig, make_mesh
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny" / "pretrain.yaml"
@@ -51,8 +49,7 @@ def training(config: TrainConfig, mesh: Mesh) -> Callable[[], float]:
     """Tokens per second of the next steps, all of them on one batch."""
     program = TrainProgram(config, next_token(config), mesh)
     batch = jax.device_put(next(make_loader(config.data)))
-    params = program.init(jax.random.key(0))
-    state = GuardedState(TrainState(params, program.init_optimizer(params)), jax.device_put(Guard.create()))
+    state = program.first_state(program.init(jax.random.key(0)))
 
     def turn() -> float:
         nonlocal state

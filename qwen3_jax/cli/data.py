@@ -13,9 +13,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from qwen3_jax.cli.arguments import one_run
-from qwen3_jax.data.catalogue import Consumption, consumption
+from qwen3_jax.data.catalogue import Consumption, consumption, plot_consumption
 from qwen3_jax.data.duplicates import NGRAM, THRESHOLD, Checker, Finding, write_without
-from qwen3_jax.data.report import plot_consumption
 from qwen3_jax.data.source import DocumentSource
 
 
@@ -70,8 +69,8 @@ def _check(args: argparse.Namespace) -> None:
         for path, source in zip(args.sources, sources, strict=True):
             task = progress.add_task(path, total=len(source))
             kinds: Counter[str] = Counter()
-            for index in range(len(source)):
-                finding = checker.check(source[index])
+            for document in source:
+                finding = checker.check(document)
                 progress.advance(task)
                 if finding is not None:
                     kinds[finding.kind] += 1

@@ -15,6 +15,7 @@ from qwen3_jax.data import manifest
 from qwen3_jax.data.config import DataConfig
 from qwen3_jax.data.counts import Counts, LabelCounts
 from qwen3_jax.data.source import expand
+from qwen3_jax.plot import png
 
 _NAME = "sources.json"
 _UNKNOWN = "unknown"
@@ -71,9 +72,9 @@ def consumption(run: epath.Path | Path) -> Consumption:
     step, lanes = _newest_lanes(run)
     consumed = {name: LabelCounts() for name in catalogue}
     epochs = dict.fromkeys(catalogue, 0.0)
-    for lane in lanes.values():
+    for lane in lanes:
         for name in catalogue:
-            consumed[name].merge(LabelCounts.from_json(lane["consumed"][name]))
+            consumed[name].merge(lane["consumed"][name])
             epochs[name] += lane["sources"][name][0] / lane["order"]["sources"][name]["documents"]
     labels = sorted({label for source in consumed.values() for label in source.labels} - {"language"})
     shares: dict[str, dict[str, Counts]] = {kind: {} for kind in ("source", "licence", "language", *labels)}
@@ -95,11 +96,36 @@ def consumption(run: epath.Path | Path) -> Consumption:
     return Consumption(step, epochs, shares)
 
 
-def _newest_lanes(run: epath.Path | Path) -> tuple[int, dict[str, Any]]:
+def plot_consumption(consumption: Consumption, path: epath.Path | Path) -> None:
+    """A bar for each kind (source, licence, ...), divided by the tokens of its values, as a PNG."""
+    kinds = list(consumption.shares)
+    with png(path) as axes:
+        for row, kind in enumerate(kinds):
+            values = sorted(consumption.shares[kind].items(), key=lambda item: -item[1].tokens)
+            total = sum(counts.tokens for _, counts in values)
+            left = 0.0
+            for number, (value, counts) in enumerate(values):
+                share = counts.tokens / max(total, 1)
+                axes.barh(row, share, left=left, color=f"C{number % 10}", edgecolor="white")
+                if share > 0.08:
+                    axes.text(left + share / 2, row, f"{value}\n{share:.0%}", ha="center", va="center", fontsize=7)
+                left += share
+        axes.set(
+            xlabel="share of the tokens",
+            xlim=(0, 1),
+            yticks=range(len(kinds)),
+            yticklabels=kinds,
+            title=f"consumed up to step {consumption.step:,}",
+        )
+        axes.invert_yaxis()
+
+
+def _newest_lanes(run: epath.Path | Path) -> tuple[int, list[dict[str, Any]]]:
+    """`(step, states of all lanes)` of the newest checkpoint."""
     directory = run / "checkpoints"
     steps = ocp.utils.checkpoint_steps(epath.Path(directory)) if directory.is_dir() else []
     for step in sorted(steps, reverse=True):
-        files = sorted((run / "checkpoints" / str(step) / "data").glob("*.json"))
+        files = sorted((directory / str(step) / "data").glob("*.json"))
         if files:
-            return step, {lane: state for file in files for lane, state in json.loads(file.read_text()).items()}
+            return step, [state for file in files for state in json.loads(file.read_text()).values()]
     raise ValueError(f"run: {str(run)!r} has no checkpoint; the output_dir of a training run that saved one fits")

@@ -55,15 +55,15 @@ class SourceConfig:
             for value, weight in weights.items():
                 if not 0 <= weight < float("inf"):
                     raise ValueError(f"{where}.label_weights.{label}.{value}: {weight!r}; a number >= 0 fits")
-            if max([*weights.values(), 1.0 if "*" not in weights else 0.0]) == 0:
+            if max({"*": 1.0, **weights}.values()) == 0:
                 raise ValueError(f"{where}.label_weights.{label}: all 0; at least one number > 0 fits")
 
     def epoch_fraction(self, labels: Labels) -> float:
         """The fraction of the epochs in which a document with these labels is used."""
         fraction = 1.0
-        for label, weights in self.label_weights.items():
-            other = weights.get("*", 1.0)
-            fraction *= weights.get(labels.get(label, "*"), other) / max(other, *weights.values())
+        for label, given in self.label_weights.items():
+            weights = {"*": 1.0, **given}
+            fraction *= weights.get(labels.get(label, "*"), weights["*"]) / max(weights.values())
         return fraction
 
 
@@ -100,11 +100,8 @@ class DataConfig:
         twice = [name for name in names if names.count(name) > 1]
         if twice:
             raise ValueError(f"sources.name: {twice[0]!r} occurs twice; a name of its own for each source fits")
-        if self.sequence_length < 2:
-            raise ValueError(f"sequence_length: {self.sequence_length!r}; a number >= 2 fits")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: {self.batch_size!r}; a number >= 1 fits")
+        for key, minimum in (("sequence_length", 2), ("batch_size", 1), ("workers", 0)):
+            if getattr(self, key) < minimum:
+                raise ValueError(f"{key}: {getattr(self, key)!r}; a number >= {minimum} fits")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: {self.seed!r}; a number from 0 to 2**32 - 1 fits")
-        if self.workers < 0:
-            raise ValueError(f"workers: {self.workers!r}; a number >= 0 fits")

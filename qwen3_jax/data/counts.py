@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from qwen3_jax.data.config import Labels
 from qwen3_jax.data.examples import Example
@@ -21,44 +22,31 @@ class Counts(NamedTuple):
         """The counts of an example. It counts as a document if it `begins` one. Its first token is not a target."""
         return cls(int(begins), len(example), int(example.loss_mask_N[1:].sum()))
 
-    def plus(self, other: Counts) -> Counts:
+    def plus(self, other: Iterable[int]) -> Counts:
         return Counts(*(a + b for a, b in zip(self, other, strict=True)))
 
-    def minus(self, other: Counts) -> Counts:
+    def minus(self, other: Iterable[int]) -> Counts:
         return Counts(*(a - b for a, b in zip(self, other, strict=True)))
 
 
 @dataclasses.dataclass
 class LabelCounts:
-    """Counts of one source, in total and by label and value."""
+    """Counts of one source, in total and by label and value.
+
+    `dataclasses.asdict` gives them as JSON data; a `Counts` becomes a list, in the order of its fields.
+    """
 
     total: Counts = dataclasses.field(default_factory=Counts)
     labels: dict[str, dict[str, Counts]] = dataclasses.field(default_factory=dict)
 
     def add(self, counts: Counts, labels: Labels) -> None:
         """Adds a document, or a part of one, with these labels."""
-        self.total = self.total.plus(counts)
-        for label, value in labels.items():
-            self._add(label, value, counts)
+        self.merge({"total": counts, "labels": {label: {value: counts} for label, value in labels.items()}})
 
-    def merge(self, other: LabelCounts) -> None:
-        """Adds the counts of `other`."""
-        self.total = self.total.plus(other.total)
-        for label, values in other.labels.items():
+    def merge(self, other: Mapping[str, Any]) -> None:
+        """Adds the JSON data of another one."""
+        self.total = self.total.plus(other["total"])
+        for label, values in other["labels"].items():
+            ours = self.labels.setdefault(label, {})
             for value, counts in values.items():
-                self._add(label, value, counts)
-
-    def _add(self, label: str, value: str, counts: Counts) -> None:
-        values = self.labels.setdefault(label, {})
-        values[value] = values.get(value, Counts()).plus(counts)
-
-    def to_json(self) -> dict[str, object]:
-        """JSON data; counts are lists in the order of the fields of `Counts`."""
-        labels = {label: {value: list(counts) for value, counts in d.items()} for label, d in self.labels.items()}
-        return {"total": list(self.total), "labels": labels}
-
-    @classmethod
-    def from_json(cls, state: dict) -> LabelCounts:
-        """The inverse of `to_json`."""
-        labels = {label: {value: Counts(*n) for value, n in d.items()} for label, d in state["labels"].items()}
-        return cls(Counts(*state["total"]), labels)
+                ours[value] = ours.get(value, Counts()).plus(counts)

@@ -14,8 +14,10 @@ Of duplicates, the first document is kept. Memory is about 2 KiB per document, f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import unicodedata
@@ -69,7 +71,7 @@ class Checker:
         self._find_near = _near_finder(threshold) if threshold else lambda words, document: None
         self._evaluated: dict[bytes, Document] = {}
         self.num_too_short = 0  # documents of evaluation sets with fewer than `ngram` words
-        for document in _documents(evaluations):
+        for document in DocumentSource(evaluations, "eval") if evaluations else ():
             words = _words(" ".join(_strings(document)))
             self.num_too_short += len(words) < ngram
             for gram in _grams(words, ngram):
@@ -119,37 +121,22 @@ def write_without(sources: Iterable[DocumentSource], findings: Iterable[Finding]
     dropped = {(finding.document.path, finding.document.start) for finding in findings}
     targets: dict[str, Any] = {}
     written = 0
-    try:
-        for source in sources:
-            for index in range(len(source)):
-                document = source[index]
-                if document.path not in targets:
-                    target = directory / f"{Path(document.path).stem}.jsonl"
-                    if target.exists():
-                        raise ValueError(
-                            f"drop: {str(target)!r} exists; an empty directory, and source files with different names, "
-                            "fit"
-                        )
-                    targets[document.path] = target.open("x", encoding="utf-8")
-                if (document.path, document.start) not in dropped:
-                    targets[document.path].write(_line(document) + "\n")
-                    written += 1
-    finally:
-        for file in targets.values():
-            file.close()
+    with contextlib.ExitStack() as files:
+        for document in itertools.chain.from_iterable(sources):
+            if document.path not in targets:
+                target = directory / f"{Path(document.path).stem}.jsonl"
+                if target.exists():
+                    raise ValueError(
+                        f"drop: {str(target)!r} exists; an empty directory, and source files with different names, fit"
+                    )
+                targets[document.path] = files.enter_context(target.open("x", encoding="utf-8"))
+            if (document.path, document.start) not in dropped:
+                line = document.content.decode("utf-8")
+                if document.form == "text":
+                    line = json.dumps({"text": line.rstrip("\r\n")}, ensure_ascii=False)
+                targets[document.path].write(line.strip() + "\n")
+                written += 1
     return written
-
-
-def _line(document: Document) -> str:
-    if document.form == "text":
-        return json.dumps({"text": document.content.decode("utf-8").rstrip("\r\n")}, ensure_ascii=False)
-    return document.content.decode("utf-8").strip()
-
-
-def _documents(paths: Sequence[str]) -> Iterator[Document]:
-    if paths:
-        source = DocumentSource(paths, "eval")
-        yield from (source[index] for index in range(len(source)))
 
 
 def _without_content(document: Document) -> Document:

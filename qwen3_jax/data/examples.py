@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -56,10 +57,10 @@ class Encoded:
 
     def to_bytes(self) -> bytes:
         """The record of an ArrayRecord shard."""
-        labels = json.dumps(self.labels, ensure_ascii=False).encode() if self.labels else b""
         header = _HEADER.pack(len(self.example), self.is_text)
-        tokens = self.example.tokens_N.astype("<i4").tobytes()
-        return b"".join((header, tokens, np.packbits(self.example.loss_mask_N).tobytes(), labels))
+        tokens, mask = self.example.tokens_N.astype("<i4"), np.packbits(self.example.loss_mask_N)
+        labels = json.dumps(self.labels, ensure_ascii=False).encode() if self.labels else b""
+        return header + tokens.tobytes() + mask.tobytes() + labels
 
     @classmethod
     def from_bytes(cls, record: bytes) -> Encoded:
@@ -90,26 +91,29 @@ class Encoder:
         try:
             record = _parse(document)
             if "text" in record:
-                ids_N = [*self._tokenizer.encode(record["text"]), self._end_of_text]
-                return Encoded(_example(ids_N, np.ones(len(ids_N))), record["labels"], is_text=True)
-            return Encoded(self._encode_chat(record), record["labels"], is_text=False)
+                ids_N: Sequence[int] = [*self._tokenizer.encode(record["text"]), self._end_of_text]
+                mask_N = np.ones(len(ids_N), np.uint8)
+            else:
+                ids_N, mask_N = self._encode_chat(record)
         except ValueError as error:
             raise ValueError(f"{document.location}: {error}") from error
+        return Encoded(Example(np.array(ids_N, np.int32), mask_N), record["labels"], "text" in record)
 
-    def _encode_chat(self, record: dict[str, Any]) -> Example:
+    def _encode_chat(self, record: dict[str, Any]) -> tuple[Sequence[int], np.ndarray]:
+        """Ids and loss mask."""
         rendered = chat.render(
             record["messages"], self._tokenizer, tools=record.get("tools"), add_generation_prompt=False
         )
-        ids_N, mask_N = rendered.ids, np.array(rendered.loss_mask())
+        mask_N = np.array(rendered.loss_mask(), np.uint8)
         for text in record.get("no_loss", []):
-            mask_N[self._holds(text, ids_N)] = 0
-        return _example(ids_N, mask_N)
+            mask_N[self._holds(text, rendered.ids)] = 0
+        return rendered.ids, mask_N
 
     def _holds(self, text: str, ids_N: Sequence[int]) -> np.ndarray:
         """[N] bool: whether the token overlaps an occurrence of `text`."""
         # Compare characters, not ids: within a longer text, the ends of `text` may merge with their neighbours.
-        pieces, spans_N2, offset = [], [], 0
-        start = 0
+        pieces, spans_N2 = [], []
+        start = offset = 0
         for stop in range(1, len(ids_N) + 1):
             piece = self._tokenizer.decode(ids_N[start:stop])
             # A character may be spread over up to four tokens, which then all get its span.
@@ -119,14 +123,10 @@ class Encoder:
             spans_N2 += [(offset, offset + len(piece))] * (stop - start)
             start, offset = stop, offset + len(piece)
         starts_N, stops_N = np.array(spans_N2).T
-        rendered = "".join(pieces)
         literal = self._tokenizer.decode(self._tokenizer.encode(text))  # in the tokenizer's normal form
         held_N = np.zeros(len(ids_N), bool)
-        found = rendered.find(literal)
-        while found >= 0:
-            end = found + len(literal)
-            held_N |= (starts_N < end) & (stops_N > found)
-            found = rendered.find(literal, end)
+        for found in re.finditer(re.escape(literal), "".join(pieces)):
+            held_N |= (starts_N < found.end()) & (stops_N > found.start())
         return held_N
 
 
@@ -149,10 +149,6 @@ class Cutter:
                     *(document.location, len(full), length, self._num_truncated),
                 )
         return [Example(full.tokens_N[i : i + length], full.loss_mask_N[i : i + length]) for i in starts]
-
-
-def _example(ids_N: Sequence[int], mask_N: np.ndarray) -> Example:
-    return Example(np.array(ids_N, np.int32), mask_N.astype(np.uint8))
 
 
 def _parse(document: Document) -> dict[str, Any]:

@@ -17,17 +17,16 @@ a rare source in the same step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from qwen3_jax.data.config import DataConfig, Labels
+from qwen3_jax.data.config import Labels
 from qwen3_jax.data.counts import Counts, LabelCounts
 from qwen3_jax.data.examples import Example
-from qwen3_jax.data.mixture import Drawn, Stream, uniform
+from qwen3_jax.data.mixture import Drawn, Mixture, Stream, uniform
 from qwen3_jax.data.packing import OpenRow, OpenRows, to_arrays
-from qwen3_jax.text.tokenizer import fingerprint
 
 _GOLDEN = 0.6180339887498949  # its multiples modulo 1 are evenly spread
 _MAX_SKIPPED = 1_000_000
@@ -63,7 +62,7 @@ class _Cursor:
         """The lane draws from the source with the smallest value."""
         if self.phase is None:
             spread = (uniform(self.stream.source.name) + self._lane * _GOLDEN) % 1
-            self.phase = spread * len(self.peek().examples[self.part])
+            self.phase = spread * len(self.advance().examples[self.part])
         return (self.tokens + self.phase) / self.stream.source.weight
 
     def document(self, turn: int) -> Drawn:
@@ -72,8 +71,8 @@ class _Cursor:
             self._held = turn, self.stream.draw(self._lane + turn * self._num_lanes)
         return self._held[1]
 
-    def peek(self) -> Drawn:
-        """The document of the next example. Skips documents without further examples."""
+    def advance(self) -> Drawn:
+        """The document of the next example. Moves on from documents without further examples."""
         skipped = 0
         while self.part >= len((drawn := self.document(self.turn)).examples):
             skipped = 0 if drawn.eligible else skipped + 1
@@ -90,16 +89,23 @@ class _Cursor:
 class Lane:
     """One row of every batch, with an exact state after each row.
 
-    order: that of `order_of`, which is part of the state.
+    state: the position to start at, of `get_state`, which `refuse_other_order` has accepted; None: the beginning.
     """
 
-    def __init__(
-        self, config: DataConfig, streams: Sequence[Stream], lane: int, pad_id: int, order: dict[str, Any]
-    ) -> None:
-        self._length, self._pad_id, self._order = config.sequence_length, pad_id, order
-        self._cursors = [_Cursor(stream, lane, config.batch_size) for stream in streams]
+    def __init__(self, mixture: Mixture, lane: int, state: Mapping[str, Any] | None = None) -> None:
+        self._mixture, self._length = mixture, mixture.config.sequence_length
+        self._cursors = [_Cursor(stream, lane, mixture.config.batch_size) for stream in mixture.streams]
         self._open: OpenRows[_Segment] = OpenRows(self._length)
-        self._consumed = {stream.source.name: LabelCounts() for stream in streams}
+        self._consumed = [LabelCounts() for _ in self._cursors]
+        if state is None:
+            return
+        for cursor, consumed in zip(self._cursors, self._consumed, strict=True):
+            name = cursor.stream.source.name
+            cursor.turn, cursor.part, cursor.tokens, cursor.phase = state["sources"][name]
+            consumed.merge(state["consumed"][name])
+        for age, *numbers in state["open_rows"]:
+            items = [self._segment(*numbers[i : i + 3]) for i in range(0, len(numbers), 3)]
+            self._open.rows.append(OpenRow(items, sum(map(len, items)), age))
 
     def next_row(self) -> dict[str, np.ndarray]:
         """The next row: the arrays [T] of `qwen3_jax.data.packing.to_arrays`.
@@ -111,70 +117,38 @@ class Lane:
         while closed is None:
             source = min(range(len(self._cursors)), key=lambda i: self._cursors[i].due)
             cursor = self._cursors[source]
-            drawn = cursor.peek()
-            segment = _Segment(drawn.examples[cursor.part], source, cursor.turn, cursor.part, drawn.labels)
+            cursor.advance()
+            segment = self._segment(source, cursor.turn, cursor.part)
             cursor.tokens += len(segment)
             cursor.part += 1
             closed = self._open.add(segment)
         for segment in closed:
-            name = self._cursors[segment.source].stream.source.name
-            self._consumed[name].add(Counts.of(segment.example, begins=segment.part == 0), segment.labels)
-        return to_arrays([segment.example for segment in closed], self._length, self._pad_id)
+            self._consumed[segment.source].add(Counts.of(segment.example, begins=segment.part == 0), segment.labels)
+        return to_arrays([segment.example for segment in closed], self._length, self._mixture.pad_id)
 
     def get_state(self) -> dict[str, Any]:
-        """The position after the last row, as JSON data for `set_state`.
+        """The position after the last row, as JSON data.
 
         It stores no tokens: each segment of the open rows is stored as the three numbers of its origin.
         """
+        names = [cursor.stream.source.name for cursor in self._cursors]
+        positions = [[cursor.turn, cursor.part, cursor.tokens, cursor.phase] for cursor in self._cursors]
         return {
-            "order": self._order,
-            "sources": {
-                cursor.stream.source.name: [cursor.turn, cursor.part, cursor.tokens, cursor.phase]
-                for cursor in self._cursors
-            },
+            "order": self._mixture.order,
+            "sources": dict(zip(names, positions, strict=True)),
             "open_rows": [
                 [row.age, *(number for item in row.items for number in (item.source, item.turn, item.part))]
                 for row in self._open.rows
             ],
-            "consumed": {name: counts.to_json() for name, counts in self._consumed.items()},
+            "consumed": dict(zip(names, map(dataclasses.asdict, self._consumed), strict=True)),
         }
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Moves to a position of `get_state`. `refuse_other_order` must have accepted it."""
-        for cursor in self._cursors:
-            cursor.turn, cursor.part, cursor.tokens, cursor.phase = state["sources"][cursor.stream.source.name]
-        self._open = OpenRows(self._length)
-        for age, *numbers in state["open_rows"]:
-            items = [self._segment(*numbers[i : i + 3]) for i in range(0, len(numbers), 3)]
-            self._open.rows.append(OpenRow(items, sum(map(len, items)), age))
-        self._consumed = {name: LabelCounts.from_json(counts) for name, counts in state["consumed"].items()}
 
     def _segment(self, source: int, turn: int, part: int) -> _Segment:
         drawn = self._cursors[source].document(turn)
         return _Segment(drawn.examples[part], source, turn, part, drawn.labels)
 
 
-def order_of(config: DataConfig, streams: Sequence[Stream]) -> dict[str, Any]:
-    """Everything that determines the order of the tokens. A position is valid under the same order only."""
-    return {
-        "seed": config.seed,
-        "shuffle": config.shuffle,
-        "batch_size": config.batch_size,
-        "sequence_length": config.sequence_length,
-        "tokenizer": fingerprint(config.tokenizer),
-        "sources": {
-            stream.source.name: {
-                "documents": stream.num_documents,
-                "weight": stream.source.weight,
-                "tokens": list(stream.source.tokens) if stream.source.tokens else None,
-                "label_weights": stream.source.label_weights,
-            }
-            for stream in streams
-        },
-    }
-
-
-def refuse_other_order(order: Mapping[str, Any], state: Mapping[str, Any], lanes: Sequence[str]) -> None:
+def refuse_other_order(order: Mapping[str, Any], state: Mapping[str, Any], lanes: Iterable[str]) -> None:
     """Checks that `lanes` can resume from `state`, which maps lanes to their positions.
 
     Raises:
@@ -182,11 +156,9 @@ def refuse_other_order(order: Mapping[str, Any], state: Mapping[str, Any], lanes
     """
     for saved in state.values():
         _refuse_difference(order, saved["order"], "data")
-    missing = [lane for lane in lanes if lane not in state]
-    if missing:
-        raise ValueError(
-            f"data: the saved position lacks lane {missing[0]}; the union of all processes' positions fits"
-        )
+    for lane in lanes:
+        if lane not in state:
+            raise ValueError(f"data: the saved position lacks lane {lane}; the union of all processes' positions fits")
 
 
 def _refuse_difference(now: Any, then: Any, where: str) -> None:

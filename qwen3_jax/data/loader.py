@@ -15,11 +15,9 @@ import numpy as np
 from absl import flags
 
 from qwen3_jax.data.config import DataConfig
-from qwen3_jax.data.lanes import Lane, order_of, refuse_other_order
-from qwen3_jax.data.mixture import Stream, open_streams
-from qwen3_jax.data.packing import add_targets
+from qwen3_jax.data.lanes import Lane, refuse_other_order
+from qwen3_jax.data.mixture import Mixture
 from qwen3_jax.data.workers import end_with_parent
-from qwen3_jax.text.tokenizer import load_tokenizer
 
 _BATCHES_AHEAD = 2  # prefetched by the thread
 _STEPS_AHEAD = 4  # prefetched by each worker
@@ -29,7 +27,7 @@ def make_loader(config: DataConfig, rows: Sequence[int] | None = None) -> grain.
     """An endless iterator over some rows of each batch: those that a process needs.
 
     A batch is a dict of arrays [len(rows), sequence_length]: `tokens`, `targets`, `segment_ids`, `positions` (int32)
-    and `loss_weights` (float32), see `qwen3_jax.data.packing.add_targets`.
+    and `loss_weights` (float32), see `qwen3_jax.data.packing.to_arrays`.
 
     `get_state()` is the position after the batch last returned (whatever was prefetched): JSON data with an entry for
     each of the rows. `set_state()` takes the union of all processes' positions, for any number of processes. The
@@ -49,27 +47,20 @@ def make_loader(config: DataConfig, rows: Sequence[int] | None = None) -> grain.
 
 @dataclasses.dataclass
 class _Step:
-    """The next row of some lanes and the states after it, by lane. Grain does not look inside: it is not a pytree."""
+    """By lane: its next row, and its state after it. Grain does not look inside: it is not a pytree."""
 
-    rows: dict[str, dict[str, np.ndarray]]
-    states: dict[str, Any]
+    lanes: dict[str, tuple[dict[str, np.ndarray], Any]]
 
 
 class _Lanes(grain.IterDataset[_Step]):
     """The steps of the lanes in `states`; a worker process of `mp_prefetch` gets a part of the lanes."""
 
-    def __init__(self, config: DataConfig, streams: Sequence[Stream], states: Mapping[str, Any]) -> None:
+    def __init__(self, mixture: Mixture, states: Mapping[str, Any]) -> None:
         super().__init__(grain.MapDataset.source(list(states)).to_iter_dataset(grain.ReadOptions(num_threads=0)))
-        self._config, self._streams, self._states = config, streams, states
+        self._mixture, self._states = mixture, states
 
     def __iter__(self) -> grain.DatasetIterator[_Step]:
-        pad_id = load_tokenizer(self._config.tokenizer).pad_id
-        lanes = {}
-        for name in self._parent:
-            state = self._states[name]
-            lanes[name] = Lane(self._config, self._streams, int(name), pad_id, state["order"])
-            lanes[name].set_state(state)
-        return _Steps(lanes)
+        return _Steps({name: Lane(self._mixture, int(name), self._states[name]) for name in self._parent})
 
 
 class _Steps(grain.DatasetIterator[_Step]):
@@ -80,8 +71,7 @@ class _Steps(grain.DatasetIterator[_Step]):
         self._lanes = lanes
 
     def __next__(self) -> _Step:
-        rows = {name: lane.next_row() for name, lane in self._lanes.items()}
-        return _Step(rows, {name: lane.get_state() for name, lane in self._lanes.items()})
+        return _Step({name: (lane.next_row(), lane.get_state()) for name, lane in self._lanes.items()})
 
     def get_state(self) -> dict[str, Any]:
         return {}
@@ -96,34 +86,28 @@ class _Batches(grain.DatasetIterator[dict[str, np.ndarray]]):
     def __init__(self, config: DataConfig, lanes: Sequence[int]) -> None:
         super().__init__()
         self._steps: grain.DatasetIterator[_Step] | None = None  # first: Grain calls `close` even if `__init__` fails
-        self._config, self._streams = config, open_streams(config)
-        self._order = order_of(config, self._streams)
-        self._pad_id = load_tokenizer(config.tokenizer).pad_id
+        self._mixture = Mixture(config)
         self._workers = min(config.workers, len(lanes))
-        new = (Lane(config, self._streams, lane, self._pad_id, self._order) for lane in lanes)
-        self._state = {str(number): lane.get_state() for number, lane in zip(lanes, new, strict=True)}
+        self._state = {str(lane): Lane(self._mixture, lane).get_state() for lane in lanes}
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._steps is None:
             flags.FLAGS.mark_as_parsed()  # mp_prefetch reads absl flags, which only absl.app parses
             options = grain.MultiprocessingOptions(self._workers, _STEPS_AHEAD)
-            lanes = _Lanes(self._config, self._streams, self._state)
+            lanes = _Lanes(self._mixture, self._state)
             self._steps = iter(lanes.mp_prefetch(options, worker_init_fn=end_with_parent))
-        rows: dict[str, dict[str, np.ndarray]] = {}
-        states: dict[str, Any] = {}
+        done: dict[str, tuple[dict[str, np.ndarray], Any]] = {}
         for _ in range(max(self._workers, 1)):  # one step of each worker, in turn
-            step = next(self._steps)
-            rows |= step.rows
-            states |= step.states
-        self._state = {name: states[name] for name in self._state}
-        batch = {name: np.stack([rows[lane][name] for lane in self._state]) for name in next(iter(rows.values()))}
-        return add_targets(batch, pad_id=self._pad_id)
+            done |= next(self._steps).lanes
+        self._state = {name: done[name][1] for name in self._state}
+        rows = [done[name][0] for name in self._state]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def get_state(self) -> dict[str, Any]:
         return self._state
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        refuse_other_order(self._order, state, list(self._state))
+        refuse_other_order(self._mixture.order, state, self._state)
         self.close()
         self._state = {name: state[name] for name in self._state}
 

@@ -25,15 +25,30 @@ class Stream:
     """The documents of a source in an endless order: epoch after epoch, each in a shuffled order of its own.
 
     Position p is in epoch p // (number of documents). The order is a function of the seed, the source's name and the
-    epoch. Positions have random access.
+    epoch. Positions have random access. `order` is the part of `Mixture.order` that concerns this source.
+
+    Raises:
+      ValueError: naming the path that cannot be used, or the source that another tokenizer has tokenised.
     """
 
-    def __init__(self, source: SourceConfig, documents: DocumentSource, encode: Encoder, cut: Cutter, data: DataConfig):
+    def __init__(self, source: SourceConfig, encode: Encoder, cut: Cutter, data: DataConfig):
         self.source = source
-        self.num_documents = len(documents)
+        self._encode, self._cut, self._shuffle = encode, cut, data.shuffle
         self._salt = uniform(data.seed, source.name)
-        self._documents, self._encode, self._cut = documents, encode, cut
-        self._shuffle = data.shuffle
+        self._documents = DocumentSource(source.paths, f"sources.{source.name}.paths")
+        self.num_documents = len(self._documents)
+        self.order = {
+            "documents": self.num_documents,
+            "weight": source.weight,
+            "tokens": list(source.tokens) if source.tokens else None,
+            "label_weights": source.label_weights,
+        }
+        ours = fingerprint(data.tokenizer)
+        for theirs in self._documents.tokenizers - {ours}:
+            raise ValueError(
+                f"sources.{source.name}: tokenised by another tokenizer ({theirs}) than {data.tokenizer!r} ({ours}); "
+                "files that `qwen3-jax tokenize` made with this one fit"
+            )
 
     def draw(self, position: int) -> Drawn:
         """The document at `position`, without examples if the source's `tokens` or `label_weights` skip it.
@@ -58,25 +73,30 @@ class Stream:
         return Drawn(self._cut(encoded, document), encoded.labels)
 
 
-def open_streams(config: DataConfig) -> list[Stream]:
-    """The streams of all sources, in the order of the configuration.
+class Mixture:
+    """The streams of all sources, in the order of the configuration, and what the lanes need beside them.
+
+    order: everything that determines the order of the tokens, as JSON data. A position is valid under the same order
+      only.
 
     Raises:
-      ValueError: naming the path that cannot be used, or the source that another tokenizer has tokenised.
+      ValueError: of `Stream`.
     """
-    encode, cut = Encoder(load_tokenizer(config.tokenizer)), Cutter(config.sequence_length)
-    streams = []
-    for source in config.sources:
-        documents = DocumentSource(source.paths, f"sources.{source.name}.paths")
-        ours = fingerprint(config.tokenizer)
-        for found in documents.manifests:
-            if found.tokenizer != ours:
-                raise ValueError(
-                    f"sources.{source.name}: tokenised by another tokenizer ({found.tokenizer}) than "
-                    f"{config.tokenizer!r} ({ours}); files that `qwen3-jax tokenize` made with this one fit"
-                )
-        streams.append(Stream(source, documents, encode, cut, config))
-    return streams
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        tokenizer = load_tokenizer(config.tokenizer)
+        self.pad_id = tokenizer.pad_id
+        encode, cut = Encoder(tokenizer), Cutter(config.sequence_length)
+        self.streams = [Stream(source, encode, cut, config) for source in config.sources]
+        self.order = {
+            "seed": config.seed,
+            "shuffle": config.shuffle,
+            "batch_size": config.batch_size,
+            "sequence_length": config.sequence_length,
+            "tokenizer": fingerprint(config.tokenizer),
+            "sources": {stream.source.name: stream.order for stream in self.streams},
+        }
 
 
 def uniform(*key: object) -> float:

@@ -1,6 +1,6 @@
 """Packing of examples into rows of fixed length, and the targets of the packed rows.
 
-B: rows of a batch, T: `sequence_length`, N: tokens of one example.
+T: `sequence_length`, N: tokens of one example.
 """
 
 from __future__ import annotations
@@ -62,41 +62,29 @@ class OpenRows(Generic[S]):
 
 
 def to_arrays(row: Sequence[Example], length: int, pad_id: int) -> dict[str, np.ndarray]:
-    """The arrays [T] of a row: "tokens"; "loss_mask"; "segment_ids", from 1, 0 for padding; "positions", from 0 in each
-    segment."""
-    arrays = {name: np.zeros(length, np.int32) for name in ("tokens", "segment_ids", "positions")}
-    arrays["tokens"][:] = pad_id
-    arrays["loss_mask"] = np.zeros(length, np.float32)
-    start = 0
-    for number, example in enumerate(row, start=1):
-        part = slice(start, start + len(example))
-        arrays["tokens"][part] = example.tokens_N
-        arrays["loss_mask"][part] = example.loss_mask_N
-        arrays["segment_ids"][part] = number
-        arrays["positions"][part] = np.arange(len(example))
-        start += len(example)
-    return arrays
+    """The arrays of a row: its tokens, and what each position predicts.
 
-
-def add_targets(batch: dict[str, np.ndarray], *, pad_id: int) -> dict[str, np.ndarray]:
-    """Adds targets and loss weights to packed rows [B, T].
-
-    Position t predicts token t + 1 if that is in the same segment and in the loss.
+    Position t predicts token t + 1 if that is in the same segment; its weight is 1 if that is in the loss.
 
     Returns:
-      {"tokens", "targets", "segment_ids", "positions": [B, T] int32; "loss_weights": [B, T] float32}. A position
-      without a target (the last one of a segment, and padding) has target `pad_id` and weight 0.
+      {"tokens", "targets", "segment_ids", "positions": [T] int32; "loss_weights": [T] float32}. Segments count from 1,
+      0 is padding; positions count from 0 in each segment. A position without a target (the last one of a segment, and
+      padding) has target `pad_id` and weight 0.
     """
-    tokens_BT, segment_ids_BT = batch["tokens"], batch["segment_ids"]
-    targets_BT = np.full_like(tokens_BT, pad_id)
-    loss_weights_BT = np.zeros_like(batch["loss_mask"])
-    same_BT = segment_ids_BT[:, 1:] == segment_ids_BT[:, :-1]  # True in padding as well: its mask is 0
-    np.copyto(targets_BT[:, :-1], tokens_BT[:, 1:], where=same_BT)
-    np.copyto(loss_weights_BT[:, :-1], batch["loss_mask"][:, 1:], where=same_BT)
-    return {
-        "tokens": tokens_BT,
-        "targets": targets_BT,
-        "loss_weights": loss_weights_BT,
-        "segment_ids": segment_ids_BT,
-        "positions": batch["positions"],
+    arrays = {
+        "tokens": np.full(length, pad_id, np.int32),
+        "targets": np.full(length, pad_id, np.int32),
+        "loss_weights": np.zeros(length, np.float32),
+        "segment_ids": np.zeros(length, np.int32),
+        "positions": np.zeros(length, np.int32),
     }
+    start = 0
+    for number, example in enumerate(row, start=1):
+        stop = start + len(example)
+        arrays["tokens"][start:stop] = example.tokens_N
+        arrays["targets"][start : stop - 1] = example.tokens_N[1:]
+        arrays["loss_weights"][start : stop - 1] = example.loss_mask_N[1:]
+        arrays["segment_ids"][start:stop] = number
+        arrays["positions"][start:stop] = np.arange(len(example))
+        start = stop
+    return arrays

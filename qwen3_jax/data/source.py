@@ -20,10 +20,10 @@ import glob
 import json
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import fsspec
 from array_record.python.array_record_module import ArrayRecordReader
@@ -53,16 +53,11 @@ class Document:
         return f"{self.path}:{lines + 1}"
 
 
-class _File(Protocol):
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Document: ...
-
-
 class DocumentSource:
     """Random access to the documents of `paths` (files or globs), in the given order, the files of a glob sorted.
 
-    It uses 16 bytes of memory per document of .jsonl and .txt. A file listed twice is used twice. `manifests` holds the
-    manifest of each directory with tokenised files.
+    It uses 16 bytes of memory per document of .jsonl and .txt. A file listed twice is used twice. `tokenizers` are the
+    fingerprints of the tokenizers that made the files of token ids.
 
     Args:
       field: the configuration's name for `paths`, for error messages.
@@ -72,33 +67,28 @@ class DocumentSource:
     """
 
     def __init__(self, paths: Sequence[str], field: str = "paths") -> None:
-        names = [file for path in paths for file in expand(path, field)]
-        self.manifests: list[manifest.Manifest] = []
-        self._files = [self._open(name, field) for name in names]
-        self._ends = list(accumulate(len(file) for file in self._files))
-
-    def _open(self, name: str, field: str) -> _File:
-        file: _File
-        try:
-            if name.endswith(".arrayrecord"):
-                found = manifest.beside(name)
-                if found is not None and found not in self.manifests:
-                    self.manifests.append(found)
-                file = _ArrayRecordFile(name, found)
-            else:
-                file = _ParquetFile(name) if name.endswith(".parquet") else _TextFile(name)
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{field}: {name!r} cannot be read ({error})") from None
-        if not len(file):
-            raise ValueError(f"{field}: {name!r} holds no document; a file with at least one fits")
-        return file
+        self._files: list[_File] = []
+        for name in (file for path in paths for file in expand(path, field)):
+            try:
+                file = _FORMATS[Path(name).suffix](name)
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"{field}: {name!r} cannot be read ({error})") from None
+            if not len(file):
+                raise ValueError(f"{field}: {name!r} holds no document; a file with at least one fits")
+            self._files.append(file)
+        tokenised = [file for file in self._files if isinstance(file, _ArrayRecordFile)]
+        self.tokenizers = {file.tokenizer for file in tokenised if file.tokenizer is not None}
+        self._starts = list(accumulate(map(len, self._files), initial=0))
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._starts[-1]
 
     def __getitem__(self, index: int) -> Document:
-        number = bisect_right(self._ends, index)
-        return self._files[number][index - self._ends[number] + len(self._files[number])]
+        number = bisect_right(self._starts, index) - 1
+        return self._files[number][index - self._starts[number]]
+
+    def __iter__(self) -> Iterator[Document]:
+        return (self[index] for index in range(len(self)))
 
 
 def expand(path: str, field: str) -> list[str]:
@@ -114,10 +104,9 @@ def expand(path: str, field: str) -> list[str]:
         files = sorted(glob.glob(path, recursive=True))
     if not files:
         raise ValueError(f"{field}: {path!r} matches no file; an existing file or a glob of some fits")
-    formats = (".jsonl", ".txt", ".parquet", ".arrayrecord")
     for file in files:
-        if Path(file).suffix not in formats:
-            raise ValueError(f"{field}: {file!r} has an unknown format; one of {', '.join(formats)} fits")
+        if Path(file).suffix not in _FORMATS:
+            raise ValueError(f"{field}: {file!r} has an unknown format; one of {', '.join(_FORMATS)} fits")
     return files
 
 
@@ -136,8 +125,8 @@ class _TextFile:
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self._form: Literal["text", "json"] = "text" if path.endswith(".txt") else "json"
         self._starts, self._stops = array("q"), array("q")
-        blocks = path.endswith(".txt")
         inside, position = False, 0
         with fsspec.open(path, "rb") as file:
             for line in file:
@@ -148,7 +137,7 @@ class _TextFile:
                 else:
                     self._starts.append(position)
                     self._stops.append(position + len(line))
-                    inside = blocks
+                    inside = self._form == "text"
                 position += len(line)
 
     def __len__(self) -> int:
@@ -156,8 +145,7 @@ class _TextFile:
 
     def __getitem__(self, index: int) -> Document:
         start = self._starts[index]
-        content = _read(self._path, start, self._stops[index])
-        return Document(self._path, start, content, "text" if self._path.endswith(".txt") else "json")
+        return Document(self._path, start, _read(self._path, start, self._stops[index]), self._form)
 
 
 class _ParquetFile:
@@ -166,27 +154,28 @@ class _ParquetFile:
     def __init__(self, path: str) -> None:
         self._path = path
         file = _parquet(path)
-        self._ends = list(accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)))
+        groups = map(file.metadata.row_group, range(file.num_row_groups))
+        self._starts = list(accumulate((group.num_rows for group in groups), initial=0))
         if not {"text", "messages"} & set(file.schema_arrow.names):
             raise ValueError('no column "text" or "messages"')
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._starts[-1]
 
     def __getitem__(self, index: int) -> Document:
-        group = bisect_right(self._ends, index)
-        table = _row_group(self._path, group)
-        (row,) = table.slice(index - self._ends[group] + len(table), 1).to_pylist()
+        group = bisect_right(self._starts, index) - 1
+        (row,) = _row_group(self._path, group).slice(index - self._starts[group], 1).to_pylist()
         record = {key: value for key, value in row.items() if value is not None}
         return Document(self._path, index, json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass"))
 
 
 class _ArrayRecordFile:
-    """.arrayrecord; `found` is the manifest of its directory, which only token ids have."""
+    """.arrayrecord; only token ids have a manifest in their directory."""
 
-    def __init__(self, path: str, found: manifest.Manifest | None) -> None:
+    def __init__(self, path: str) -> None:
         self._path = path
-        self._form: Literal["json", "tokens"] = "json" if found is None else "tokens"
+        found = manifest.beside(path)
+        self.tokenizer = None if found is None else found.tokenizer
         self._count = _array_record(path).num_records()
         # A truncated file opens without an error, as a file without records.
         if found is not None and self._count != found.shards.get(path.rpartition("/")[2]):
@@ -197,7 +186,16 @@ class _ArrayRecordFile:
 
     def __getitem__(self, index: int) -> Document:
         (content,) = _array_record(self._path).read([index])
-        return Document(self._path, index, content, self._form)
+        return Document(self._path, index, content, "tokens" if self.tokenizer else "json")
+
+
+_File = _TextFile | _ParquetFile | _ArrayRecordFile
+_FORMATS: dict[str, type[_File]] = {
+    ".jsonl": _TextFile,
+    ".txt": _TextFile,
+    ".parquet": _ParquetFile,
+    ".arrayrecord": _ArrayRecordFile,
+}
 
 
 # Open files and decoded row groups are cached per process and not in the sources, so that sources can be pickled.

@@ -10,13 +10,13 @@ A shard gets its name when it is complete. After a kill, the same command writes
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
@@ -47,14 +47,14 @@ def tokenize_source(
       tokenizer: directory of the tokenizer.
       directory: of the shards.
       workers: number of processes.
-      progress: called after each shard, with the counts so far and the total number of documents.
+      progress: called after each shard, in their order, with the counts so far and the total number of documents.
 
     Raises:
       ValueError: the source is already tokenised; the directory was begun from another source or with another
         tokenizer; `file:line: reason` for a malformed document.
     """
     documents = DocumentSource(source.paths, f"sources.{source.name}.paths")
-    if documents.manifests:
+    if documents.tokenizers:
         raise ValueError(f"sources.{source.name}.paths: token ids already; files of documents fit")
     begun = Manifest(
         source.name,
@@ -67,30 +67,31 @@ def tokenize_source(
     )
     directory.mkdir(parents=True, exist_ok=True)
     _begin(directory / manifest.NAME, begun)
-    make_shard = functools.partial(_make_shard, source.paths, tokenizer, directory, documents_per_shard)
-    numbers = range(-(-len(documents) // documents_per_shard))
-    counts: dict[int, Counts] = {}
+    # Of each shard, its file and the indices of its documents.
+    starts = range(0, len(documents), documents_per_shard)
+    files = [directory / f"{number:06d}.arrayrecord" for number in range(len(starts))]
+    indices = [range(len(documents))[start : start + documents_per_shard] for start in starts]
+    make_shard = functools.partial(_make_shard, source.paths, tokenizer)
+    total, shards = Counts(), {}
     spawn = multiprocessing.get_context("spawn")  # a forked child of a process with jax's threads may hang
     with concurrent.futures.ProcessPoolExecutor(workers, spawn, initializer=end_with_parent) as pool:
-        futures: dict[Any, int] = {pool.submit(make_shard, number): number for number in numbers}
         try:
-            for future in concurrent.futures.as_completed(futures):
-                counts[futures[future]] = future.result()
-                progress(_sum(counts.values()), len(documents))
+            for file, counts in zip(files, pool.map(make_shard, files, indices), strict=True):
+                total = total.plus(counts)
+                shards[file.name] = counts.documents
+                progress(total, len(documents))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    total = _sum(counts.values())
-    shards = {_shard_name(number): counts[number].documents for number in numbers}
     finished = dataclasses.replace(begun, tokens=total.tokens, loss_tokens=total.loss_tokens, shards=shards)
-    _write_atomically(directory / manifest.NAME, finished.to_json())
+    _write_manifest(directory / manifest.NAME, finished)
     return finished
 
 
 def _begin(path: Path, begun: Manifest) -> None:
     """Writes the manifest of unfinished work, or checks that an existing one describes the same work."""
     if not path.exists():
-        _write_atomically(path, begun.to_json())
+        _write_manifest(path, begun)
         return
     found = manifest.from_json(path.read_bytes())
     for name in ("name", "tokenizer", "documents", "documents_per_shard"):
@@ -104,27 +105,18 @@ def _open(paths: tuple[str, ...], tokenizer: str) -> tuple[DocumentSource, Encod
     return DocumentSource(paths), Encoder(load_tokenizer(tokenizer))
 
 
-def _make_shard(
-    paths: tuple[str, ...], tokenizer: str, directory: Path, documents_per_shard: int, number: int
-) -> Counts:
+def _make_shard(paths: tuple[str, ...], tokenizer: str, path: Path, indices: range) -> Counts:
     documents, encode = _open(paths, tokenizer)
-    path = directory / _shard_name(number)
-    first = number * documents_per_shard
-    indices = range(first, min(first + documents_per_shard, len(documents)))
     if (found := _count(path)).documents == len(indices):
         return found
-    hidden = path.with_name(f".{path.name}-{os.getpid()}")
-    writer = ArrayRecordWriter(str(hidden), "group_size:1")
     counts = Counts()
-    try:
+    with _complete_or_absent(path) as hidden:
+        writer = ArrayRecordWriter(str(hidden), "group_size:1")
         for index in indices:
             encoded = encode(documents[index])
             writer.write(encoded.to_bytes())
             counts = counts.plus(Counts.of(encoded.example))
         writer.close()
-        hidden.replace(path)
-    finally:
-        hidden.unlink(missing_ok=True)
     return counts
 
 
@@ -134,18 +126,21 @@ def _count(path: Path) -> Counts:
         records = ArrayRecordReader(str(path)).read_all() if path.exists() else []
     except RuntimeError:
         records = []
-    return _sum(Counts.of(Encoded.from_bytes(record).example) for record in records)
-
-
-def _sum(counts: Iterable[Counts]) -> Counts:
+    counts = (Counts.of(Encoded.from_bytes(record).example) for record in records)
     return functools.reduce(Counts.plus, counts, Counts())
 
 
-def _shard_name(number: int) -> str:
-    return f"{number:06d}.arrayrecord"
+def _write_manifest(path: Path, content: Manifest) -> None:
+    with _complete_or_absent(path) as hidden:
+        hidden.write_text(content.to_json(), encoding="utf-8")
 
 
-def _write_atomically(path: Path, text: str) -> None:
+@contextlib.contextmanager
+def _complete_or_absent(path: Path) -> Iterator[Path]:
+    """A path to write to, which is renamed to `path` at the end of the block and deleted if the block fails."""
     hidden = path.with_name(f".{path.name}-{os.getpid()}")
-    hidden.write_text(text, encoding="utf-8")
-    hidden.replace(path)
+    try:
+        yield hidden
+        hidden.replace(path)
+    finally:
+        hidden.unlink(missing_ok=True)

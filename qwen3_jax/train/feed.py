@@ -49,8 +49,7 @@ class FileFeed:
         struct = self._structs["tokens"]
         # More than one block of rows: a TPU host's chips are a square of the network, and several blocks of the mesh.
         blocks = struct.sharding.addressable_devices_indices_map(struct.shape).values()
-        spans = [block[0].indices(config.batch_size)[:2] for block in blocks if block is not None]
-        rows = sorted({row for start, stop in spans for row in range(start, stop)})
+        rows = sorted({row for block in blocks if block for row in range(config.batch_size)[block[0]]})
         self._index = {row: index for index, row in enumerate(rows)}
         self._loader = make_loader(config, rows)
 
@@ -74,9 +73,9 @@ class FileFeed:
     def _put(self, name: str, rows: np.ndarray) -> jax.Array:
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None  # other processes have devices without one
-            start, stop, _ = index[0].indices(self._config.batch_size)
-            first = self._index[start]
-            return rows[first : first + stop - start, index[1]]
+            block = range(self._config.batch_size)[index[0]]
+            first = self._index[block.start]
+            return rows[first : first + len(block), index[1]]
 
         struct = self._structs[name]
         return jax.make_array_from_callback(struct.shape, struct.sharding, shard)

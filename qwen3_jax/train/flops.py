@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Sequence
 
 import jax
@@ -30,14 +30,9 @@ def peak_flops(devices: Sequence[jax.Device]) -> tuple[float, str]:
     kind = devices[0].device_kind
     if kind in BY_DEVICE_KIND:
         return BY_DEVICE_KIND[kind].peak_flops * len(devices), f"data sheet of {kind}"
-    # For others, above all CPUs, whose virtual devices share one set of cores: a large matmul, the best of three.
+    # For others, above all CPUs, whose virtual devices share one set of cores: a large matmul, the best of four.
     n = 1024
     x = jnp.ones((n, n), jnp.float32)
-    multiply = jax.jit(jnp.matmul)
-    multiply(x, x).block_until_ready()
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        multiply(x, x).block_until_ready()
-        best = min(best, time.perf_counter() - start)
+    multiply = jax.jit(jnp.matmul).lower(x, x).compile()
+    best = min(timeit.repeat(lambda: multiply(x, x).block_until_ready(), number=1, repeat=4))
     return 2 * n**3 / best, f"a float32 matmul of {n} on {kind}, measured"

@@ -10,16 +10,15 @@ from rich.console import Console
 
 from qwen3_jax.checkpoint import Checkpointer
 from qwen3_jax.train.config import TrainConfig
-from qwen3_jax.train.evaluation import HeldOut
 from qwen3_jax.train.feed import Feed
 from qwen3_jax.train.ledger import Ledger
 from qwen3_jax.train.objective import Objective
 from qwen3_jax.train.profiler import Profiler
 from qwen3_jax.train.program import TrainProgram
-from qwen3_jax.train.record import describe_run, run_record
 from qwen3_jax.train.reporter import Reporter
 from qwen3_jax.train.run_directory import RunDirectory
-from qwen3_jax.train.start import start_state
+from qwen3_jax.train.start import describe_run, run_record, start_state
+from qwen3_jax.train.step import HeldOut
 from qwen3_jax.train.stop import StopSignal
 
 

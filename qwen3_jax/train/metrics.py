@@ -1,4 +1,7 @@
-"""Where the numbers of a run go: a JSONL file and TensorBoard event files."""
+"""Where the numbers of a run go: a JSONL file, TensorBoard event files, and pictures of the experts' load.
+
+Shapes: L routed layers, E experts.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,16 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import matplotlib.image
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -24,6 +31,7 @@ from qwen3_jax.train.run_directory import METRICS
 
 _GROUPS = 8
 _FLUSH_EVERY = 30.0  # seconds between the moments when TensorBoard can see what is new
+_SPREAD = 8.0  # colours run from an eighth of the mean load to eight times it
 
 
 class MetricsLog:
@@ -62,7 +70,7 @@ class MetricsLog:
         Raises:
           OSError: naming the directory.
         """
-        metrics = _finite(metrics)
+        metrics = {name: _finite(value) for name, value in metrics.items()}
         values = []
         for name, value in metrics.items():
             parts = _by_group(name, value) if isinstance(value, list) else {name: value}
@@ -90,11 +98,8 @@ class MetricsLog:
         Raises:
           OSError: naming the directory.
         """
-        with self._named():
-            try:
-                self._file.close()
-            finally:
-                self._events.close()
+        with self._named(), closing(self._events):
+            self._file.close()
 
     def _put(self, event: Event) -> None:
         event.wall_time = time.time()
@@ -111,6 +116,30 @@ class MetricsLog:
             raise OSError(f"metrics: {str(self._path.parent)!r}: {reason_of(error)}") from None
 
 
+def heat_map(load_LE: np.ndarray, title: str) -> np.ndarray:
+    """A picture [height, width, 3] uint8 of each routed layer's (rows, the first on top) load on each expert.
+
+    `load_LE` is a multiple of the layer's mean. The colours' scale is logarithmic and always the same, so that pictures
+    compare: white at the mean, blue below, red above.
+    """
+    load_LE = np.clip(np.asarray(load_LE, np.float64), 1 / _SPREAD, _SPREAD)
+    layers, experts = load_LE.shape
+    figure = Figure(figsize=(min(16, 4 + 0.1 * experts), min(16, 2 + 0.12 * layers)), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="expert", ylabel="routed layer")
+    # No smoothing: a pixel in between would be a load that no expert has.
+    image = axes.imshow(
+        load_LE, norm=LogNorm(1 / _SPREAD, _SPREAD), cmap="RdBu_r", aspect="auto", interpolation="nearest"
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    bar = figure.colorbar(image, label="load, mean = 1", ticks=[1 / _SPREAD, 0.25, 0.5, 1, 2, 4, _SPREAD])
+    bar.ax.set_yticklabels(["≤1/8", "1/4", "1/2", "1", "2", "4", "≥8"])
+    bar.ax.minorticks_off()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
 def _by_group(name: str, values: list[float | None]) -> dict[str, float | None]:
     """One number for each of up to eight groups of neighbouring layers: the largest of a maximum, the smallest of a
     minimum, the mean of what else there is."""
@@ -125,8 +154,6 @@ def _by_group(name: str, values: list[float | None]) -> dict[str, float | None]:
 
 
 def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
     if isinstance(value, list):
         return [_finite(part) for part in value]
     return value if math.isfinite(value) else None

@@ -19,7 +19,7 @@ from qwen3_jax.train.router import RouterConfig, router_loss, router_metrics
 
 
 def packed_arrays(rows: int, length: int) -> dict[str, BatchArray]:
-    """Batches of packed documents; `qwen3_jax.data.packing.add_targets` says what the arrays hold."""
+    """Batches of packed documents; `qwen3_jax.data.packing.to_arrays` says what the arrays hold."""
     dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"loss_weights": jnp.float32}
     return {name: BatchArray((rows, length), dtype, ("batch", "length")) for name, dtype in dtypes.items()}
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from qwen3_jax.checkpoint import CHECKPOINTS
 from qwen3_jax.train.config import TrainConfig
 from qwen3_jax.train.run_directory import check_writable
-from qwen3_jax.train.start import NO_WEIGHT_SHAPE
+from qwen3_jax.train.start import different_weights
 from qwen3_jax.train.stop import StopSignal
 
 
@@ -37,12 +37,8 @@ def link_stages(stages: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
         for key in ("output_dir", "init_from"):
             if getattr(config, key) != getattr(first, key):
                 raise ValueError(f"stages.{name}.{key}: {getattr(config, key)!r}; the plan's, set outside stages, fits")
-        for field in dataclasses.fields(config.model):
-            value, fits = getattr(config.model, field.name), getattr(first.model, field.name)
-            if value != fits and field.name not in NO_WEIGHT_SHAPE:
-                raise ValueError(
-                    f"stages.{name}.model.{field.name}: {value!r}; that of the first stage, {fits!r}, fits"
-                )
+        for field, value, fits in different_weights(config.model, first.model):
+            raise ValueError(f"stages.{name}.model.{field}: {value!r}; that of the first stage, {fits!r}, fits")
         directory = str(epath.Path(config.output_dir) / name)
         linked[name] = dataclasses.replace(config, output_dir=directory, init_from=weights)
         weights = directory
@@ -63,15 +59,13 @@ def run_plan(stages: Mapping[str, TrainConfig], run: Run, stop: StopSignal, cons
     names = list(stages)
     check_writable(stages[names[0]].output_dir)
     # A stage starts when the one before has ended: resume in the last one that has a checkpoint.
-    begun = [number for number, name in enumerate(names) if _last_step(stages[name]) is not None]
-    for number in range(max(begun, default=0), len(names)):
-        config = stages[names[number]]
-        console.print(f"stage    {names[number]}, {number + 1} of {len(names)}: {', '.join(names)}", highlight=False)
-        if run(config, stop, console) is not None:
+    first = max((number for number, name in enumerate(names) if _has_checkpoint(stages[name])), default=0)
+    for number, name in enumerate(names[first:], start=first + 1):
+        console.print(f"stage    {name}, {number} of {len(names)}: {', '.join(names)}", highlight=False)
+        if run(stages[name], stop, console) is not None:
             return
 
 
-def _last_step(config: TrainConfig) -> int | None:
-    """The step of a run's newest checkpoint, None if it has none."""
+def _has_checkpoint(config: TrainConfig) -> bool:
     directory = epath.Path(config.output_dir) / CHECKPOINTS
-    return max(ocp.utils.checkpoint_steps(directory), default=None) if directory.exists() else None
+    return directory.exists() and bool(ocp.utils.checkpoint_steps(directory))

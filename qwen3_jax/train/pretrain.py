@@ -9,10 +9,10 @@ from rich.console import Console
 
 from qwen3_jax.model import Qwen3
 from qwen3_jax.train.config import TrainConfig
-from qwen3_jax.train.evaluation import HeldOut
 from qwen3_jax.train.feed import FileFeed
 from qwen3_jax.train.loop import train
 from qwen3_jax.train.next_token import NextToken
+from qwen3_jax.train.step import HeldOut
 from qwen3_jax.train.stop import StopSignal
 from sharding import make_mesh
 

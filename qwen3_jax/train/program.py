@@ -14,9 +14,8 @@ from qwen3_jax.chips import BY_DEVICE_KIND
 from qwen3_jax.model import Qwen3
 from qwen3_jax.optim import make_optimizer, optimizer_shardings
 from qwen3_jax.train.config import TrainConfig
-from qwen3_jax.train.guard import Guard, GuardedState, skip_bad_steps
 from qwen3_jax.train.objective import Objective, batch_structs
-from qwen3_jax.train.step import TrainState, make_train_step
+from qwen3_jax.train.step import Guard, GuardedState, TrainState, make_train_step, skip_bad_steps
 from sharding import named_shardings
 
 # What XLA's TPU compiler does not do by itself: matrix products in blocks of more of the vector memory
@@ -45,12 +44,12 @@ class TrainProgram:
 
     step: `(state, batch) -> (state, metrics)`, jitted; it takes over the state's memory.
     state, batch: a `GuardedState` and the objective's arrays, as shapes and shardings.
-    init: makes random weights of a key; nothing is ever unsharded.
+    init, init_optimizer: make random weights of a key, and the optimiser's state of weights; nothing is ever unsharded.
     """
 
     def __init__(self, config: TrainConfig, objective: Objective, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
-        self._optimizer = make_optimizer(config.optimizer, config.steps)
+        optimizer = make_optimizer(config.optimizer, config.steps)
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.batch = batch_structs(objective.arrays, mesh, config.accumulation)
         # Only divisibility matters: rows by the mesh, tokens by 2 x context.
@@ -60,11 +59,12 @@ class TrainProgram:
         shardings = named_shardings(boxed, mesh)
         self.init = jax.jit(lambda key: nn.unbox(init(key))["params"], out_shardings=shardings)
         params = jax.tree.map(_struct, nn.unbox(boxed), shardings)
-        moments = jax.eval_shape(self._optimizer.init, params)
-        moments_shardings = optimizer_shardings(self._optimizer, params, shardings, self.replicated)
+        moments_shardings = optimizer_shardings(optimizer, params, shardings, self.replicated)
+        self.init_optimizer = jax.jit(optimizer.init, out_shardings=moments_shardings)
+        moments = jax.tree.map(_struct, jax.eval_shape(optimizer.init, params), moments_shardings)
         guard = jax.tree.map(lambda x: _struct(x, self.replicated), jax.eval_shape(Guard.create))
-        self.state = GuardedState(TrainState(params, jax.tree.map(_struct, moments, moments_shardings)), guard)
-        step = make_train_step(objective, self._optimizer, config.accumulation, shardings)
+        self.state = GuardedState(TrainState(params, moments), guard)
+        step = make_train_step(objective, optimizer, config.accumulation, shardings)
         # Metrics are replicated: every process reads them. The state keeps its shardings.
         state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         self.step = jax.jit(
@@ -74,10 +74,13 @@ class TrainProgram:
             compiler_options=_compiler_options(mesh.devices.flat[0]),
         )
 
-    def init_optimizer(self, params: Any) -> Any:
-        """The optimiser's first state for these weights."""
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state.train.optimizer)
-        return jax.jit(self._optimizer.init, out_shardings=shardings)(params)
+    def first_state(self, params: Any) -> GuardedState:
+        """The state of a run that starts from these weights."""
+        return GuardedState(TrainState(params, self.init_optimizer(params)), self.guard())
+
+    def guard(self, **counters: Any) -> Guard:
+        """`Guard.create`, replicated."""
+        return jax.device_put(Guard.create(**counters), self.replicated)
 
     def lower(self) -> jax.stages.Lowered:
         """The step for the mesh's devices, to be compiled. They need not be there, if no mesh is in context."""

@@ -8,17 +8,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from qwen3_jax.optim import make_schedule
 from qwen3_jax.train.config import TrainConfig
 from qwen3_jax.train.flops import peak_flops
-from qwen3_jax.train.guard import end_of_patience
-from qwen3_jax.train.heatmap import heat_map
 from qwen3_jax.train.ledger import Ledger
-from qwen3_jax.train.metrics import MetricsLog
+from qwen3_jax.train.metrics import MetricsLog, heat_map
 from qwen3_jax.train.objective import Batch, Metrics, Objective
 from qwen3_jax.train.run_directory import RunDirectory
 
@@ -48,15 +47,15 @@ class Reporter:
         self._peak, peak_source = peak_flops(jax.devices())
         self._announce(mesh, start, peak_source)
         self._log = MetricsLog(directory.files, start) if jax.process_index() == 0 else None
-        columns = (
-            TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+        self._progress = Progress(
+            "step {task.completed:,.0f}/{task.total:,.0f}",
             BarColumn(),
-            TextColumn("{task.fields[status]}"),
+            "{task.fields[status]}",
             TimeElapsedColumn(),
-            TextColumn("ETA"),
+            "ETA",
             TimeRemainingColumn(),
+            console=console,
         )
-        self._progress = Progress(*columns, console=console)
         self._task = self._progress.add_task("", total=config.steps, completed=start, status="compiling")
         self._added: tuple[int, Metrics, Batch] | None = None
         self._failure: str | None = None
@@ -77,8 +76,8 @@ class Reporter:
         if self._added is not None:
             (step, metrics, batch), self._added = self._added, None
             numbers = self._report(step, jax.device_get(metrics), extra or {})
-            limit = self._config.max_bad_steps
-            self._failure = self._failure or end_of_patience(step, numbers, batch, limit, self._directory)
+            if numbers["skipped"] and numbers["skipped_in_row"] >= self._config.max_bad_steps:
+                self._failure = self._failure or self._give_up(step, numbers, batch)
         return self._failure
 
     def waits(self) -> bool:
@@ -110,6 +109,17 @@ class Reporter:
         if self._log and "router/load" in values and step % self._config.heat_map_every == 0:
             self._log.picture(step, "heat_maps", heat_map(values["router/load"], f"step {step:,}"))
         return numbers
+
+    def _give_up(self, step: int, numbers: dict[str, Any], batch: Batch) -> str:
+        """Why a run ends with this step, whose batch is saved. All processes call it alike."""
+        name = f"bad_step_{step}.npz"
+        rows = multihost_utils.process_allgather(batch, tiled=True)
+        if jax.process_index() == 0:
+            np.savez(self._directory.files / name, **rows)
+        return (
+            f"step {step}: loss is {numbers['loss']}, gradient norm {numbers['grad_norm']}: "
+            f"{numbers['skipped_in_row']:.0f} bad steps in a row; its batch is in {self._directory.directory / name}"
+        )
 
     def __enter__(self) -> Reporter:
         self._progress.start()

@@ -103,9 +103,11 @@ def router_metrics(config: RouterConfig, parts: Sums, totals: Sums) -> Metrics:
 
 def _means(parts: Sums, totals: Sums) -> dict[str, jax.Array]:
     """The balance losses [L] that are means of rows or of micro-batches."""
-    of = {"sequence": jnp.maximum(totals["rows"], 1), "micro": totals["micro_batches"]}
-    of["step_running"] = of["micro"]
-    return {name: parts[name] / count for name, count in of.items()}
+    return {
+        "sequence": parts["sequence"] / jnp.maximum(totals["rows"], 1),
+        "micro": parts["micro"] / totals["micro_batches"],
+        "step_running": parts["step_running"] / totals["micro_batches"],
+    }
 
 
 def _z_loss(sums: RouterStats, totals: Sums) -> jax.Array:

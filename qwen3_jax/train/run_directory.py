@@ -24,9 +24,8 @@ def check_writable(output_dir: str) -> None:
     """ValueError unless files can be made in `output_dir`, which is made itself if it is on a disk."""
     if re.match(r"\w+:/(?!/)", output_dir):
         raise ValueError(f"output_dir: {output_dir!r}; {output_dir.replace(':/', '://', 1)} fits")
-    logging.getLogger("gcsfs").setLevel(
-        logging.CRITICAL
-    )  # it would print a traceback for what is raised below in one line
+    # It would print a traceback for what is raised below in one line.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
         directory = epath.Path(output_dir)
         if "://" not in output_dir:  # a bucket has no directories, and gcsfs would make the bucket

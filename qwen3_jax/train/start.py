@@ -1,30 +1,38 @@
-"""Where a run starts: at its newest verified checkpoint, at other weights, or at random ones."""
+"""Where a run starts: at its newest verified checkpoint, at other weights, or at random ones; and what it leaves of
+itself for that, in the `run` item of a checkpoint and in files beside the checkpoints."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import json
+import subprocess
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
 from etils import epath
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from rich.console import Console
 
 from qwen3_jax import hf
 from qwen3_jax.checkpoint import CHECKPOINTS, Checkpointer, find_verified, restore_params
 from qwen3_jax.config import ModelConfig
+from qwen3_jax.train.config import TrainConfig
 from qwen3_jax.train.feed import Feed
-from qwen3_jax.train.guard import Guard, GuardedState
 from qwen3_jax.train.ledger import Ledger
 from qwen3_jax.train.program import TrainProgram
-from qwen3_jax.train.record import changes
 from qwen3_jax.train.run_directory import RunDirectory
-from qwen3_jax.train.step import TrainState
+from qwen3_jax.train.step import Guard, GuardedState, TrainState
 
 # Fields of a model that shape no weight: the configuration of the weights and that of the run may differ in them.
-NO_WEIGHT_SHAPE = {"rope_theta", "rope_scaling", "max_position_embeddings", "initializer_range", "router_aux_loss_coef"}
-NO_WEIGHT_SHAPE |= {"bos_token_id", "eos_token_id", "pad_token_id"}
+_NO_WEIGHT_SHAPE = {"rope_theta", "rope_scaling", "max_position_embeddings", "initializer_range"}
+_NO_WEIGHT_SHAPE |= {"router_aux_loss_coef", "bos_token_id", "eos_token_id", "pad_token_id"}
+_PACKAGES = {"qwen3-jax": "qwen3-jax", "jax": "jax", "flax": "flax", "orbax": "orbax-checkpoint"}
 
 
 def start_state(
@@ -54,24 +62,19 @@ def start_state(
             ledger.resume(run["ledger"])
             for line in changes(run, config):
                 announce(f"changed  {line}")
-            guard = jax.device_put(Guard.create(**run["guard"]), program.replicated)
-            return GuardedState(TrainState(*arrays), guard), step
+            return GuardedState(TrainState(*arrays), program.guard(**run["guard"])), step
     with ledger.phase("compile"):
         if config.init_from is not None:
             params = _load(epath.Path(config.init_from), config.model, abstract.params, program.mesh, announce)
         else:
             params = program.init(jax.random.key(config.seed))
-        train = TrainState(params, program.init_optimizer(params))
-        return GuardedState(train, jax.device_put(Guard.create(), program.replicated)), 0
+        return program.first_state(params), 0
 
 
 def _load(source: epath.Path, config: ModelConfig, params: Any, mesh: Mesh, announce: Callable[[str], None]) -> Any:
     """The weights of a Hugging Face checkpoint, or of a run's newest verified one."""
-    held = ModelConfig.from_hf(source)
-    for field in dataclasses.fields(config):
-        theirs, ours = getattr(held, field.name), getattr(config, field.name)
-        if field.name not in NO_WEIGHT_SHAPE and theirs != ours:
-            raise ValueError(f"init_from: {str(source)!r} has {field.name} {theirs!r}; model.{field.name}: {ours!r}")
+    for name, theirs, ours in different_weights(ModelConfig.from_hf(source), config):
+        raise ValueError(f"init_from: {str(source)!r} has {name} {theirs!r}; model.{name}: {ours!r}")
     if not (source / CHECKPOINTS).is_dir():
         return hf.load_checkpoint(source, dtype="float32", mesh=mesh, stacked=True)[1]
     found = find_verified(source / CHECKPOINTS, announce)
@@ -79,3 +82,42 @@ def _load(source: epath.Path, config: ModelConfig, params: Any, mesh: Mesh, anno
         raise ValueError(f"init_from: {str(source)!r} holds no checkpoint; a run that has saved one fits")
     announce(f"weights of {found}")
     return restore_params(found, params)
+
+
+def different_weights(one: ModelConfig, other: ModelConfig) -> list[tuple[str, Any, Any]]:
+    """`(field, value, other value)` of each field in which two models differ and that shapes weights."""
+    names = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _NO_WEIGHT_SHAPE]
+    pairs = [(name, getattr(one, name), getattr(other, name)) for name in names]
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def run_record(config: TrainConfig, step: int, guard: Guard, ledger: Ledger) -> dict[str, Any]:
+    """`step`, `config` (the seed in it), `code` (versions), `guard` and `ledger` (their states)."""
+    counters = {name: value.item() for name, value in jax.device_get(vars(guard)).items()}
+    record = {"step": step, "config": dataclasses.asdict(config), "code": code_version()}
+    return json.loads(json.dumps({**record, "guard": counters, "ledger": ledger.state()}))
+
+
+def describe_run(files: Path, config: TrainConfig, feed: Feed) -> None:
+    """Leaves what it takes to export a checkpoint, and what says where batches came from; process 0 does."""
+    if jax.process_index() == 0:
+        (files / "config.json").write_text(json.dumps(config.model.to_hf(), indent=2) + "\n", encoding="utf-8")
+        feed.describe(files)
+
+
+@functools.cache
+def code_version() -> dict[str, str]:
+    """Versions of this package and of those that decide what a checkpoint holds, and the git commit if there is one."""
+    found = {name: version(package) for name, package in _PACKAGES.items()}
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # an installed package has none
+        found["commit"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return found
+
+
+def changes(run: dict[str, Any], config: TrainConfig) -> list[str]:
+    """`key: old, now new` for each setting in which `config` differs from the one that a checkpoint was saved under."""
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    old, new = (flatten_dict(tree, sep=".") for tree in (run["config"], now))
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [f"{key}: {old.get(key)!r}, now {new.get(key)!r}" for key in keys if key != "output_dir"]

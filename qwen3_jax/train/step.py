@@ -1,4 +1,5 @@
-"""One optimiser step for any objective: micro-batches, gradient, update.
+"""What a run computes on a batch, for any objective: a step (micro-batches, gradient, update), the guard around it that
+takes no step which would spoil the weights, and the loss on held-out data.
 
 Shapes: A micro-batches.
 """
@@ -13,8 +14,11 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from qwen3_jax.train.objective import Batch, Metrics, Objective
+from qwen3_jax.train.feed import Feed
+from qwen3_jax.train.objective import Batch, Metrics, Objective, Sums
 from sharding import constrain
+
+_MEMORY = 0.98  # of the usual loss: it forgets half in 34 steps
 
 
 @struct.dataclass
@@ -23,6 +27,32 @@ class TrainState:
 
     params: Any
     optimizer: Any
+
+
+@struct.dataclass
+class Guard:
+    """What the steps before say about a step.
+
+    skipped: steps not taken, int32. in_row: those of them since the last step taken, int32.
+    usual_loss: moving average over the steps taken, float32; 0 before the first.
+    """
+
+    skipped: Any
+    in_row: Any
+    usual_loss: Any
+
+    @classmethod
+    def create(cls, skipped: int = 0, in_row: int = 0, usual_loss: float = 0.0) -> Guard:
+        """For a new run, or with the numbers of one that resumes."""
+        return cls(jnp.int32(skipped), jnp.int32(in_row), jnp.float32(usual_loss))
+
+
+@struct.dataclass
+class GuardedState:
+    """What a run carries from step to step."""
+
+    train: TrainState
+    guard: Guard
 
 
 def make_train_step(
@@ -62,6 +92,38 @@ def make_train_step(
     return step
 
 
+def skip_bad_steps(
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], spike_factor: float | None = None
+) -> Callable[[GuardedState, Batch], tuple[GuardedState, Metrics]]:
+    """`step`, without effect on weights and optimiser where its loss or gradient is not finite.
+
+    The metrics gain `skipped` (0 or 1), `skipped_in_row` and `skipped_total`.
+
+    Args:
+      spike_factor: skip also where the loss exceeds that many times the usual one (as Chowdhery et al. 2022, section
+        5.1, skipped the batches around a spike, by hand); None: only what is not finite.
+    """
+
+    def guarded(state: GuardedState, batch: Batch) -> tuple[GuardedState, Metrics]:
+        guard = state.guard
+        after, metrics = step(state.train, batch)
+        loss = metrics["loss"].astype(jnp.float32)
+        bad = ~(jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"]))
+        if spike_factor is not None:
+            bad |= (guard.usual_loss > 0) & (loss > spike_factor * guard.usual_loss)
+        train = jax.tree.map(lambda old, new: jnp.where(bad, old, new), state.train, after)
+        usual = jnp.where(guard.usual_loss > 0, _MEMORY * guard.usual_loss + (1 - _MEMORY) * loss, loss)
+        guard = Guard(
+            skipped=guard.skipped + bad,
+            in_row=jnp.where(bad, guard.in_row + 1, 0),
+            usual_loss=jnp.where(bad, guard.usual_loss, usual),
+        )
+        series = {"skipped": bad.astype(jnp.int32), "skipped_in_row": guard.in_row, "skipped_total": guard.skipped}
+        return GuardedState(train, guard), {**metrics, **series}
+
+    return guarded
+
+
 def micro_batches(objective: Objective, batch: Batch, number: int) -> tuple[Batch, Batch]:
     """`(arrays [A, B, ...], arrays that every micro-batch gets)`; each micro-batch spans the whole mesh, as the batch
     does: of rows 0 1 2 3 on two devices [0 1 | 2 3] the first of two micro-batches is [0 | 2]."""
@@ -76,3 +138,29 @@ def micro_batches(objective: Objective, batch: Batch, number: int) -> tuple[Batc
             strided = x.reshape(x.shape[0] // number, number, *x.shape[1:]).swapaxes(0, 1)
             micro[name] = constrain(strided, None, *axes)
     return micro, shared
+
+
+class HeldOut:
+    """The first `batches` batches of `feed`, the same ones each time."""
+
+    def __init__(self, objective: Objective, feed: Feed, batches: int) -> None:
+        self._feed, self._batches = feed, batches
+        self._first = feed.get_state()
+
+        @jax.jit
+        def sums_of(params: Any, batch: Batch) -> tuple[Sums, Sums]:
+            micro, shared = micro_batches(objective, batch, 1)
+            totals = objective.totals(params, micro | shared)
+            return objective.loss(params, batch, totals, None)[1], totals
+
+        @jax.jit
+        def loss_of(parts: list[tuple[Sums, Sums]]) -> jax.Array:
+            return objective.metrics(*jax.tree.map(lambda *x: sum(x), *parts))["loss"]
+
+        self._sums_of, self._loss_of = sums_of, loss_of
+
+    def loss(self, params: Any) -> float:
+        """The objective's loss, as if all batches were one."""
+        self._feed.set_state(self._first)
+        parts = [self._sums_of(params, self._feed.next(params)) for _ in range(self._batches)]
+        return float(self._loss_of(parts))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from qwen3_jax.data.examples import Example
-from qwen3_jax.data.packing import MAX_AGE, OPEN_ROWS, OpenRows, add_targets, to_arrays
+from qwen3_jax.data.packing import MAX_AGE, OPEN_ROWS, OpenRows, to_arrays
 
 
 def _example(ids: Sequence[int], mask: Sequence[int]) -> Example:
@@ -16,7 +16,7 @@ def _example(ids: Sequence[int], mask: Sequence[int]) -> Example:
 
 def _batch(rows: Sequence[Sequence[Example]], length: int) -> dict[str, np.ndarray]:
     arrays = [to_arrays(row, length, pad_id=0) for row in rows]
-    return add_targets({name: np.stack([row[name] for row in arrays]) for name in arrays[0]}, pad_id=0)
+    return {name: np.stack([row[name] for row in arrays]) for name in arrays[0]}
 
 
 def _closed(rows: OpenRows[Example], examples: Sequence[Example]) -> Iterator[list[Example]]:

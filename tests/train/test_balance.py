@@ -20,8 +20,7 @@ from tiny import MOE
 
 from qwen3_jax.model import Qwen3
 from qwen3_jax.ops.moe import RouterStats
-from qwen3_jax.train.heatmap import heat_map
-from qwen3_jax.train.metrics import MetricsLog
+from qwen3_jax.train.metrics import MetricsLog, heat_map
 from qwen3_jax.train.next_token import NextToken
 from qwen3_jax.train.router import RouterConfig
 from qwen3_jax.train.step import TrainState, make_train_step

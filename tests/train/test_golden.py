@@ -17,10 +17,8 @@ from qwen3_jax.cli.config_file import load_config, load_stages
 from qwen3_jax.tasks.arithmetic import training_records
 from qwen3_jax.train import TrainConfig
 from qwen3_jax.train.feed import FileFeed
-from qwen3_jax.train.guard import Guard, GuardedState
 from qwen3_jax.train.pretrain import next_token
 from qwen3_jax.train.program import TrainProgram
-from qwen3_jax.train.step import TrainState
 from sharding import make_mesh
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -48,9 +46,7 @@ def losses(config: TrainConfig, params: Any = None) -> tuple[list[float], Any]:
     series = []
     with jax.set_mesh(mesh):
         params = program.init(jax.random.key(config.seed)) if params is None else params
-        state = GuardedState(
-            TrainState(params, program.init_optimizer(params)), jax.device_put(Guard.create(), program.replicated)
-        )
+        state = program.first_state(params)
         # Compiles in half the time; that the numbers depend on it by more than rounding would be a fault.
         step = program.lower().compile({"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
         for _ in range(4):

@@ -16,9 +16,8 @@ from flax import linen as nn
 from tiny import DENSE
 
 from qwen3_jax.model import Qwen3
-from qwen3_jax.train.guard import Guard, GuardedState, skip_bad_steps
 from qwen3_jax.train.next_token import NextToken
-from qwen3_jax.train.step import TrainState, make_train_step
+from qwen3_jax.train.step import Guard, GuardedState, TrainState, make_train_step, skip_bad_steps
 
 CONFIG = dataclasses.replace(
     DENSE,
