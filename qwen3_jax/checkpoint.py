@@ -133,8 +133,8 @@ class Checkpointer:
             if not re.search("do not match|not compatible", reason):
                 raise OSError(f"checkpoint {step}: {str(self.directory)!r}: {reason}") from error
             raise ValueError(
-                f"checkpoint {step}: {str(self.directory)!r} holds other arrays than this run has ({reason}); the "
-                "model, optimizer and release that wrote it, or another output_dir, fit"
+                f"checkpoint {step}: {str(self.directory)!r} holds other arrays than this run has ({reason}); use "
+                "the model, optimizer and release that wrote it, or another output_dir"
             ) from error
         return restored["params"], restored["optimizer"], restored["data"], restored["run"]
 

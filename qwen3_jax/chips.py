@@ -63,5 +63,5 @@ def find_chip(name: str) -> Chip:
     chip = BY_DEVICE_KIND.get(name) or CHIPS.get(name.partition(":")[0])
     if chip is None:
         kinds = ", ".join(map(repr, BY_DEVICE_KIND))
-        raise ValueError(f"chip: {name!r} is unknown; one of {', '.join(CHIPS)} fits, or a device kind: {kinds}")
+        raise ValueError(f"chip: {name!r} is unknown; use one of {', '.join(CHIPS)}, or a device kind: {kinds}")
     return chip

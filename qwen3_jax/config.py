@@ -51,7 +51,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.factor < 1:
-            raise ValueError(f"rope_scaling.factor: {self.factor!r}; a number >= 1 fits")
+            raise ValueError(f"rope_scaling.factor: {self.factor!r}; use a number >= 1")
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], where: str) -> RopeScaling | None:
@@ -61,7 +61,7 @@ class RopeScaling:
             _refuse_unknown(raw, {"rope_type", "type", "rope_theta"}, where)
             return None
         if kind != "yarn":
-            raise ValueError(f"{where}.rope_type: {kind!r} is not supported; 'default' or 'yarn' fits")
+            raise ValueError(f"{where}.rope_type: {kind!r} is not supported; use 'default' or 'yarn'")
         optional = {"attention_factor", "beta_fast", "beta_slow"}
         _refuse_unknown(raw, _YARN_KEYS | optional, where)
         # transformers derives a missing factor or length from other keys, differently in each version: never guess.
@@ -77,7 +77,7 @@ class ModelConfig:
     """A Qwen3 network. Fields have Hugging Face's names and meanings; `num_experts == 0` is a dense model.
 
     Raises:
-      ValueError: naming the field, its value and what would fit.
+      ValueError: naming the field, its value and what to use instead.
     """
 
     vocab_size: int
@@ -112,17 +112,17 @@ class ModelConfig:
             positive += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"]
         for name in positive:
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: {getattr(self, name)!r}; a number > 0 fits")
+                raise ValueError(f"{name}: {getattr(self, name)!r}; use a number > 0")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads "
-                f"({self.num_attention_heads}); a divisor fits"
+                f"({self.num_attention_heads}); use a divisor"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim: {self.head_dim} is odd; rotary embedding needs an even number")
         if self.num_experts and self.num_experts_per_tok > self.num_experts:
             raise ValueError(
-                f"num_experts_per_tok: {self.num_experts_per_tok}; at most num_experts ({self.num_experts}) fits"
+                f"num_experts_per_tok: {self.num_experts_per_tok}; use at most num_experts ({self.num_experts})"
             )
 
     def is_moe_layer(self, layer: int) -> bool:
@@ -164,7 +164,7 @@ class ModelConfig:
         path = folder / f"{name}.yaml"
         if not path.is_file():
             known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
-            raise ValueError(f"model preset: {name!r} is unknown; one of {known} fits")
+            raise ValueError(f"model preset: {name!r} is unknown; use one of {known}")
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         if raw.get("rope_scaling"):
             raw["rope_scaling"] = RopeScaling(**raw["rope_scaling"])
@@ -182,12 +182,12 @@ class ModelConfig:
         raw = dict(source) if isinstance(source, Mapping) else _read_config_json(epath.Path(source))
         model_type = raw.get("model_type")
         if model_type not in ("qwen3", "qwen3_moe"):
-            raise ValueError(f"model_type: {model_type!r} is not supported; 'qwen3' or 'qwen3_moe' fits")
+            raise ValueError(f"model_type: {model_type!r} is not supported; use 'qwen3' or 'qwen3_moe'")
         for key, allowed in _FIXED_VALUES.items():
             if key in raw and raw[key] not in allowed:
-                raise ValueError(f"{key}: {raw[key]!r} is not supported; {allowed[0]!r} fits")
+                raise ValueError(f"{key}: {raw[key]!r} is not supported; use {allowed[0]!r}")
         if set(raw.get("layer_types") or ()) - {"full_attention"}:
-            raise ValueError(f"layer_types: {raw['layer_types']!r} is not supported; all 'full_attention' fits")
+            raise ValueError(f"layer_types: {raw['layer_types']!r} is not supported; use all 'full_attention'")
 
         fields: dict[str, Any] = {}
         rope = dict(raw.get("rope_parameters") or {})
@@ -217,7 +217,7 @@ class ModelConfig:
         eos = fields.get("eos_token_id")
         if isinstance(eos, list):
             if len(eos) != 1:
-                raise ValueError(f"eos_token_id: {eos!r}; one id fits (further ones belong to generation_config.json)")
+                raise ValueError(f"eos_token_id: {eos!r}; use one id (further ones belong to generation_config.json)")
             fields["eos_token_id"] = eos[0]
         known = names | _NEUTRAL_KEYS | _FIXED_VALUES.keys() | aliases.keys()
         known |= {"rope_theta", "rope_scaling", "rope_parameters", "layer_types", "sliding_window"}
@@ -260,7 +260,7 @@ def _read_config_json(path: epath.Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"model: {str(path)!r} does not exist; a directory with a config.json fits") from None
+        raise ValueError(f"model: {str(path)!r} does not exist; use a directory with a config.json") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 

@@ -63,7 +63,7 @@ def _find_orbax(source: epath.Path | Path, console: Console) -> epath.Path | Non
         return None
     newest = find_verified(source / CHECKPOINTS, console.print)
     if newest is None:
-        raise ValueError(f"source: {str(source / CHECKPOINTS)!r} is empty; a run that has saved a checkpoint fits")
+        raise ValueError(f"source: {str(source / CHECKPOINTS)!r} is empty; use a run that has saved a checkpoint")
     console.print(f"{source}: step {newest.name}", soft_wrap=True, highlight=False)
     return newest / PARAMS
 

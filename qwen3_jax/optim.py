@@ -68,11 +68,13 @@ class OptimizerConfig:
         if self.schedule == "wsd" and self.decay_steps < 1:
             raise ValueError(f"decay_steps: {self.decay_steps}; 'wsd' needs a number >= 1")
         if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps: {self.warmup_steps}; a number >= 0 fits")
+            raise ValueError(f"warmup_steps: {self.warmup_steps}; use a number >= 0")
         if not 0 < self.initial_ratio <= 1:
-            raise ValueError(f"initial_ratio: {self.initial_ratio}; a number above 0 and up to 1 fits")
+            raise ValueError(f"initial_ratio: {self.initial_ratio}; use a number above 0 and up to 1")
         if not 0 <= self.final_ratio <= self.initial_ratio:
-            raise ValueError(f"final_ratio: {self.final_ratio}; from 0 to initial_ratio ({self.initial_ratio}) fits")
+            raise ValueError(
+                f"final_ratio: {self.final_ratio}; use a number from 0 to initial_ratio ({self.initial_ratio})"
+            )
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -83,7 +85,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     if tail < 1 or stable < 0:
         raise ValueError(
             f"steps: {steps} do not hold warmup_steps ({config.warmup_steps}) and a decay ({config.decay_steps}); "
-            "more steps fit"
+            "use more steps"
         )
     parts = [optax.linear_schedule(0.0, first, config.warmup_steps)]
     if config.schedule == "cosine":

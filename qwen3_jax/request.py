@@ -15,21 +15,21 @@ from typing import Any, Literal
 Check = Callable[[str, Any], None]
 
 
-def _refuse(name: str, value: Any, fits: str) -> None:
-    raise ValueError(f"{name}: {value!r}; {fits} fits")
+def _refuse(name: str, value: Any, instead: str) -> None:
+    raise ValueError(f"{name}: {value!r}; use {instead}")
 
 
 def _whole(low: int, high: int | None = None, *, or_else: Sequence[Any] = ()) -> Check:
     """Whole numbers from `low` to `high`, and the values in `or_else`."""
     span = f"a whole number >= {low}" if high is None else f"a whole number in {low}..{high}"
-    fits = " or ".join([span, *(repr(value) for value in or_else if value is not None)])
+    instead = " or ".join([span, *(repr(value) for value in or_else if value is not None)])
 
     def check(name: str, value: Any) -> None:
         if any(value is other or (isinstance(other, str) and value == other) for other in or_else):
             return
         is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
         if not is_whole or value < low or (high is not None and value > high):
-            _refuse(name, value, fits)
+            _refuse(name, value, instead)
 
     return check
 
@@ -62,7 +62,7 @@ def _temperature(name: str, value: Any) -> None:
 def _top_p(name: str, value: Any) -> None:
     _number(0, 1)(name, value)
     if value == 0:
-        raise ValueError("top_p: 0 keeps no token; a number in (0, 1] fits")
+        raise ValueError("top_p: 0 keeps no token; use a number in (0, 1]")
 
 
 def _setting(default: Any, check: Check, help_text: str = "") -> Any:
@@ -75,7 +75,7 @@ class Request:
     """One prompt and how to continue it.
 
     Raises:
-      ValueError: naming the field, its value and what would fit.
+      ValueError: naming the field, its value and what to use instead.
 
     prompt_ids: the prompt's token ids, up to and including the generation prompt.
     thinking_budget: most thinking tokens; None or -1 is unlimited, 0 is non-thinking mode. "auto" ends the thought when
@@ -132,9 +132,9 @@ class Request:
         try:
             object.__setattr__(self, "prompt_ids", tuple(operator.index(token) for token in self.prompt_ids))
         except TypeError:
-            raise ValueError(f"prompt_ids: {self.prompt_ids!r}; a sequence of whole numbers fits") from None
+            raise ValueError(f"prompt_ids: {self.prompt_ids!r}; use a sequence of whole numbers") from None
         if not self.prompt_ids:
-            raise ValueError("prompt_ids: empty; at least one id fits")
+            raise ValueError("prompt_ids: empty; use at least one id")
         for field in dataclasses.fields(self):
             if check := field.metadata.get("check"):
                 check(field.name, getattr(self, field.name))

@@ -68,7 +68,7 @@ class AxisRules:
         axes = getattr(self, name, None)
         if not isinstance(axes, tuple):
             known = ", ".join(name for name, axes in vars(self).items() if isinstance(axes, tuple))
-            raise ValueError(f"logical axis: {name!r} is unknown; one of {known} fits")
+            raise ValueError(f"logical axis: {name!r} is unknown; use one of {known}")
         return axes
 
 
@@ -134,7 +134,7 @@ def partition_spec(
             if name not in _REPLICATED_WHERE_INDIVISIBLE:
                 raise ValueError(
                     f"mesh: {' x '.join(axes)} = {parts} does not divide axis {name!r} of size {shape[i]}; "
-                    f"{_divisors(shape[i])} fits"
+                    f"use {_divisors(shape[i])}"
                 )
             axes = ()
         for axis in axes:

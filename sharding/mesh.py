@@ -34,7 +34,7 @@ class MeshConfig:
     def __post_init__(self) -> None:
         for name, size in self.axes.items():
             if size != -1 and size < 1:
-                raise ValueError(f"mesh.{name}: {size}; a number >= 1, or -1 for all remaining devices, fits")
+                raise ValueError(f"mesh.{name}: {size}; use a number >= 1, or -1 for all remaining devices")
         if list(self.axes.values()).count(-1) > 1:
             raise ValueError(f"mesh: {self}; at most one axis may be -1")
 
@@ -77,7 +77,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
         return Mesh(grid, tuple(sizes), axis_types=auto)
     if sizes["data"] % slices:
-        raise ValueError(f"mesh.data: {sizes['data']} on {slices} slices; a multiple of {slices} fits")
+        raise ValueError(f"mesh.data: {sizes['data']} on {slices} slices; use a multiple of {slices}")
     within = {**sizes, "data": sizes["data"] // slices}
     between = {**dict.fromkeys(sizes, 1), "data": slices}
     grid = mesh_utils.create_hybrid_device_mesh(

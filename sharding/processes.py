@@ -143,5 +143,5 @@ def _end(reason: str) -> None:
 def _number(name: str) -> int:
     value = os.environ.get(name, "")
     if not value.isdecimal():
-        raise ValueError(f"{name}: {value!r}; a number fits, since JAX_COORDINATOR_ADDRESS is set")
+        raise ValueError(f"{name}: {value!r}; use a number, since JAX_COORDINATOR_ADDRESS is set")
     return int(value)

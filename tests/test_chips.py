@@ -29,7 +29,7 @@ def test_names(name: str, chip: str) -> None:
 
 @pytest.mark.parametrize("name", ["v5", "TPU", "", ":4x4", "cpu"])
 def test_unknown_name_lists_what_fits(name: str) -> None:
-    with pytest.raises(ValueError, match=r"^chip: .*; one of v4, v5e, v5p, v6e, tpu7x fits.*'TPU v5 lite'"):
+    with pytest.raises(ValueError, match=r"^chip: .*; use one of v4, v5e, v5p, v6e, tpu7x.*'TPU v5 lite'"):
         find_chip(name)
 
 

@@ -65,7 +65,7 @@ def test_the_released_sizes_are_all_there() -> None:
 
 
 def test_unknown_preset_names_the_known() -> None:
-    with pytest.raises(ValueError, match=r"model preset: 'qwen3-7b' is unknown; one of .*qwen3-8b.* fits"):
+    with pytest.raises(ValueError, match=r"model preset: 'qwen3-7b' is unknown; use one of .*qwen3-8b.*"):
         ModelConfig.preset("qwen3-7b")
 
 
@@ -161,12 +161,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "yarn, mscale": ({"rope_scaling": {**YARN_HF, "mscale": 0.7}}, "rope_scaling: mscale not supported"),
     "yarn, factor < 1": ({"rope_scaling": {**YARN_HF, "factor": 0.5}}, r"rope_scaling\.factor: 0\.5"),
     "sliding window": ({"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window: True"),
-    "sliding layers": ({"layer_types": ["sliding_attention"] * 28}, "layer_types: .*'full_attention' fits"),
+    "sliding layers": ({"layer_types": ["sliding_attention"] * 28}, "layer_types: .*use all 'full_attention'"),
     "attention_bias": ({"attention_bias": True}, "attention_bias: True"),
     "attention_dropout": ({"attention_dropout": 0.1}, r"attention_dropout: 0\.1"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
     "unknown key": ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size not supported"),
-    "two eos": ({"eos_token_id": [151645, 151643]}, r"eos_token_id: \[151645, 151643\]; one id fits"),
+    "two eos": ({"eos_token_id": [151645, 151643]}, r"eos_token_id: \[151645, 151643\]; use one id"),
     "experts in a dense model": (
         {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
         r"config\.json: moe_intermediate_size, num_experts, num_experts_per_tok not supported",
@@ -200,7 +200,7 @@ def test_missing_key_is_named(key: str) -> None:
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"does not exist; a directory with a config\.json fits"):
+    with pytest.raises(ValueError, match=r"does not exist; use a directory with a config\.json"):
         ModelConfig.from_hf(tmp_path)
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="not valid JSON"):
@@ -208,12 +208,12 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 
 INVALID: dict[str, tuple[dict[str, Any], str]] = {
-    "zero": ({"hidden_size": 0}, "hidden_size: 0; a number > 0 fits"),
-    "negative": ({"vocab_size": -1}, "vocab_size: -1; a number > 0 fits"),
+    "zero": ({"hidden_size": 0}, "hidden_size: 0; use a number > 0"),
+    "negative": ({"vocab_size": -1}, "vocab_size: -1; use a number > 0"),
     "heads": ({"num_key_value_heads": 3}, r"num_key_value_heads: 3 does not divide num_attention_heads \(32\)"),
     "odd head": ({"head_dim": 127}, "head_dim: 127 is odd"),
-    "top k": ({"num_experts_per_tok": 129}, r"num_experts_per_tok: 129; at most num_experts \(128\) fits"),
-    "no expert width": ({"moe_intermediate_size": 0}, "moe_intermediate_size: 0; a number > 0 fits"),
+    "top k": ({"num_experts_per_tok": 129}, r"num_experts_per_tok: 129; use at most num_experts \(128\)"),
+    "no expert width": ({"moe_intermediate_size": 0}, "moe_intermediate_size: 0; use a number > 0"),
     "sparse step": ({"decoder_sparse_step": 0}, "decoder_sparse_step: 0"),
 }
 

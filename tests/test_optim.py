@@ -190,7 +190,7 @@ def test_on_eight_devices_the_state_is_split_and_the_numbers_stay(name: str, tmp
         ({"schedule": "wsd"}, "decay_steps: 0"),
         ({"warmup_steps": -1}, "warmup_steps: -1"),
         ({"initial_ratio": 0.0}, "initial_ratio: 0.0"),
-        ({"initial_ratio": 0.1, "final_ratio": 0.2}, r"final_ratio: 0.2; from 0 to initial_ratio \(0.1\) fits"),
+        ({"initial_ratio": 0.1, "final_ratio": 0.2}, r"final_ratio: 0.2; use a number from 0 to initial_ratio \(0.1\)"),
     ],
 )
 def test_bad_settings_are_named(fields: dict, message: str) -> None:

@@ -67,7 +67,7 @@ def consumption(run: epath.Path | Path) -> Consumption:
       ValueError: the directory is not that of a run with a checkpoint.
     """
     if not (run / _NAME).is_file():
-        raise ValueError(f"run: {str(run)!r} holds no {_NAME}; the output_dir of a training run fits")
+        raise ValueError(f"run: {str(run)!r} holds no {_NAME}; use the output_dir of a training run")
     catalogue = json.loads((run / _NAME).read_text(encoding="utf-8"))
     step, lanes = _newest_lanes(run)
     consumed = {name: LabelCounts() for name in catalogue}
@@ -128,4 +128,4 @@ def _newest_lanes(run: epath.Path | Path) -> tuple[int, list[dict[str, Any]]]:
         files = sorted((directory / str(step) / "data").glob("*.json"))
         if files:
             return step, [state for file in files for state in json.loads(file.read_text()).values()]
-    raise ValueError(f"run: {str(run)!r} has no checkpoint; the output_dir of a training run that saved one fits")
+    raise ValueError(f"run: {str(run)!r} has no checkpoint; use the output_dir of a training run that saved one")

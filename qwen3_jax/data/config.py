@@ -22,7 +22,7 @@ class SourceConfig:
         multiply. A document is used in a fraction weight / (largest weight) of the epochs.
 
     Raises:
-      ValueError: naming the field, its value and what would fit.
+      ValueError: naming the field, its value and what to use instead.
     """
 
     name: str
@@ -36,27 +36,27 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name:
-            raise ValueError(f"sources.name: {self.name!r}; a name without / fits")
+            raise ValueError(f"sources.name: {self.name!r}; use a name without /")
         where = f"sources.{self.name}"
         for key in ("paths", "languages"):
             if isinstance(getattr(self, key), str):
-                raise ValueError(f"{where}.{key}: {getattr(self, key)!r}; a list fits")
+                raise ValueError(f"{where}.{key}: {getattr(self, key)!r}; use a list")
             object.__setattr__(self, key, tuple(getattr(self, key)))
         if not self.paths:
-            raise ValueError(f"{where}.paths: (); a list of at least one file or glob fits")
+            raise ValueError(f"{where}.paths: (); use a list of at least one file or glob")
         if not 0 < self.weight < float("inf"):
-            raise ValueError(f"{where}.weight: {self.weight!r}; a number > 0 fits")
+            raise ValueError(f"{where}.weight: {self.weight!r}; use a number > 0")
         if self.tokens is not None:
             low, high = self.tokens
             if not 2 <= low <= high:
-                raise ValueError(f"{where}.tokens: {[low, high]}; [min, max] with 2 <= min <= max fits")
+                raise ValueError(f"{where}.tokens: {[low, high]}; use [min, max] with 2 <= min <= max")
             object.__setattr__(self, "tokens", (low, high))
         for label, weights in self.label_weights.items():
             for value, weight in weights.items():
                 if not 0 <= weight < float("inf"):
-                    raise ValueError(f"{where}.label_weights.{label}.{value}: {weight!r}; a number >= 0 fits")
+                    raise ValueError(f"{where}.label_weights.{label}.{value}: {weight!r}; use a number >= 0")
             if max({"*": 1.0, **weights}.values()) == 0:
-                raise ValueError(f"{where}.label_weights.{label}: all 0; at least one number > 0 fits")
+                raise ValueError(f"{where}.label_weights.{label}: all 0; use at least one number > 0")
 
     def epoch_fraction(self, labels: Labels) -> float:
         """The fraction of the epochs in which a document with these labels is used."""
@@ -81,7 +81,7 @@ class DataConfig:
       workers: processes per host that read and tokenise; 0 reads in a thread. The batches do not depend on it.
 
     Raises:
-      ValueError: naming the field, its value and what would fit.
+      ValueError: naming the field, its value and what to use instead.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -95,13 +95,13 @@ class DataConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", tuple(self.sources))
         if not self.sources:
-            raise ValueError("sources: (); a list of at least one source fits")
+            raise ValueError("sources: (); use a list of at least one source")
         names = [source.name for source in self.sources]
         twice = [name for name in names if names.count(name) > 1]
         if twice:
-            raise ValueError(f"sources.name: {twice[0]!r} occurs twice; a name of its own for each source fits")
+            raise ValueError(f"sources.name: {twice[0]!r} occurs twice; use a name of its own for each source")
         for key, minimum in (("sequence_length", 2), ("batch_size", 1), ("workers", 0)):
             if getattr(self, key) < minimum:
-                raise ValueError(f"{key}: {getattr(self, key)!r}; a number >= {minimum} fits")
+                raise ValueError(f"{key}: {getattr(self, key)!r}; use a number >= {minimum}")
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed: {self.seed!r}; a number from 0 to 2**32 - 1 fits")
+            raise ValueError(f"seed: {self.seed!r}; use a number from 0 to 2**32 - 1")

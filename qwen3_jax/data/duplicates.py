@@ -63,9 +63,9 @@ class Checker:
 
     def __init__(self, evaluations: Sequence[str], ngram: int = NGRAM, threshold: float = THRESHOLD) -> None:
         if ngram < 1:
-            raise ValueError(f"ngram: {ngram}; a number >= 1 fits")
+            raise ValueError(f"ngram: {ngram}; use a number >= 1")
         if not 0 <= threshold < 1:
-            raise ValueError(f"near: {threshold}; a number from 0 (off) to below 1 fits")
+            raise ValueError(f"near: {threshold}; use a number from 0 (off) to below 1")
         self._ngram = ngram
         self._seen: dict[bytes, Document] = {}
         self._find_near = _near_finder(threshold) if threshold else lambda words, document: None
@@ -98,7 +98,7 @@ def text_of(document: Document) -> str:
       ValueError: `file:line: reason` for a document without text.
     """
     if document.form == "tokens":
-        raise ValueError(f"{document.location}: token ids; the documents before tokenising fit")
+        raise ValueError(f"{document.location}: token ids; use the documents before tokenising")
     try:
         if document.form == "text":
             return document.content.decode("utf-8")
@@ -127,7 +127,7 @@ def write_without(sources: Iterable[DocumentSource], findings: Iterable[Finding]
                 target = directory / f"{Path(document.path).stem}.jsonl"
                 if target.exists():
                     raise ValueError(
-                        f"drop: {str(target)!r} exists; an empty directory, and source files with different names, fit"
+                        f"drop: {str(target)!r} exists; use an empty directory, and source files with different names"
                     )
                 targets[document.path] = files.enter_context(target.open("x", encoding="utf-8"))
             if (document.path, document.start) not in dropped:
@@ -148,7 +148,7 @@ def _near_finder(threshold: float) -> Callable[[Sequence[str], Document], Docume
         from datasketch import MinHash, MinHashLSH
     except ImportError:
         raise ValueError(
-            f"near: {threshold}, but datasketch is not installed; `pip install datasketch` or 0 (off) fits"
+            f"near: {threshold}, but datasketch is not installed; `pip install datasketch`, or use 0 (off)"
         ) from None
     index = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
     before: list[tuple[Any, Document]] = []  # the index stores positions in this list

@@ -164,17 +164,17 @@ def _parse(document: Document) -> dict[str, Any]:
     json.dumps(record, ensure_ascii=False).encode("utf-8")
     labels = record["labels"] if record.get("labels") is not None else {}
     if not isinstance(labels, dict) or not all(isinstance(value, str | None) for value in labels.values()):
-        raise ValueError(f"labels: {labels!r}; an object of strings fits")
+        raise ValueError(f"labels: {labels!r}; use an object of strings")
     record["labels"] = {label: value for label, value in labels.items() if value is not None}
     if "text" in record:
         if not isinstance(record["text"], str) or not record["text"].strip():
-            raise ValueError(f"text: {record['text']!r}; a string that is not blank fits")
+            raise ValueError(f"text: {record['text']!r}; use a string that is not blank")
         return record
     for key in ("messages", "tools", "no_loss"):
         if not isinstance(record.get(key, []), list):
-            raise ValueError(f"{key}: {record[key]!r}; a list fits")
+            raise ValueError(f"{key}: {record[key]!r}; use a list")
     if not all(isinstance(literal, str) and literal for literal in record.get("no_loss", [])):
-        raise ValueError(f"no_loss: {record['no_loss']!r}; strings that are not empty fit")
+        raise ValueError(f"no_loss: {record['no_loss']!r}; use strings that are not empty")
     if not any(isinstance(message, dict) and message.get("role") == "assistant" for message in record["messages"]):
-        raise ValueError("messages: no assistant turn; at least one fits")
+        raise ValueError("messages: no assistant turn; use at least one")
     return record

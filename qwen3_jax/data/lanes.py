@@ -80,7 +80,7 @@ class _Cursor:
                 source = self.stream.source
                 raise ValueError(
                     f"sources.{source.name}: of {skipped:,} documents in a row none is used; "
-                    f"wider `tokens` than {source.tokens} or other `label_weights` fit"
+                    f"use wider `tokens` than {source.tokens}, or other `label_weights`"
                 )
             self.turn, self.part = self.turn + 1, 0
         return drawn
@@ -158,7 +158,7 @@ def refuse_other_order(order: Mapping[str, Any], state: Mapping[str, Any], lanes
         _refuse_difference(order, saved["order"], "data")
     for lane in lanes:
         if lane not in state:
-            raise ValueError(f"data: the saved position lacks lane {lane}; the union of all processes' positions fits")
+            raise ValueError(f"data: the saved position lacks lane {lane}; use the union of all processes' positions")
 
 
 def _refuse_difference(now: Any, then: Any, where: str) -> None:
@@ -167,4 +167,4 @@ def _refuse_difference(now: Any, then: Any, where: str) -> None:
             _refuse_difference(now[key], then[key], f"{where}.{key}")
     elif now != then:
         now, then = (list(value) if isinstance(value, dict) else value for value in (now, then))
-        raise ValueError(f"{where}: {now!r}, but the data position was saved under {then!r}; {then!r} fits")
+        raise ValueError(f"{where}: {now!r}, but the data position was saved under {then!r}; use {then!r}")

@@ -47,7 +47,7 @@ class Stream:
         for theirs in self._documents.tokenizers - {ours}:
             raise ValueError(
                 f"sources.{source.name}: tokenised by another tokenizer ({theirs}) than {data.tokenizer!r} ({ours}); "
-                "files that `qwen3-jax tokenize` made with this one fit"
+                "use files that `qwen3-jax tokenize` made with this one"
             )
 
     def draw(self, position: int) -> Drawn:

@@ -74,7 +74,7 @@ class DocumentSource:
             except (RuntimeError, ValueError) as error:
                 raise ValueError(f"{field}: {name!r} cannot be read ({error})") from None
             if not len(file):
-                raise ValueError(f"{field}: {name!r} holds no document; a file with at least one fits")
+                raise ValueError(f"{field}: {name!r} holds no document; use a file with at least one")
             self._files.append(file)
         tokenised = [file for file in self._files if isinstance(file, _ArrayRecordFile)]
         self.tokenizers = {file.tokenizer for file in tokenised if file.tokenizer is not None}
@@ -103,10 +103,10 @@ def expand(path: str, field: str) -> list[str]:
     else:
         files = sorted(glob.glob(path, recursive=True))
     if not files:
-        raise ValueError(f"{field}: {path!r} matches no file; an existing file or a glob of some fits")
+        raise ValueError(f"{field}: {path!r} matches no file; use an existing file or a glob of some")
     for file in files:
         if Path(file).suffix not in _FORMATS:
-            raise ValueError(f"{field}: {file!r} has an unknown format; one of {', '.join(_FORMATS)} fits")
+            raise ValueError(f"{field}: {file!r} has an unknown format; use one of {', '.join(_FORMATS)}")
     return files
 
 

@@ -55,7 +55,7 @@ def tokenize_source(
     """
     documents = DocumentSource(source.paths, f"sources.{source.name}.paths")
     if documents.tokenizers:
-        raise ValueError(f"sources.{source.name}.paths: token ids already; files of documents fit")
+        raise ValueError(f"sources.{source.name}.paths: token ids already; use files of documents")
     begun = Manifest(
         source.name,
         source.licence,
@@ -97,7 +97,7 @@ def _begin(path: Path, begun: Manifest) -> None:
     for name in ("name", "tokenizer", "documents", "documents_per_shard"):
         then, now = getattr(found, name), getattr(begun, name)
         if then != now:
-            raise ValueError(f"{path.parent}: begun with {name} {then!r}, not {now!r}; an empty directory fits")
+            raise ValueError(f"{path.parent}: begun with {name} {then!r}, not {now!r}; use an empty directory")
 
 
 @functools.cache  # once in each worker process

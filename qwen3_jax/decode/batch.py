@@ -40,7 +40,7 @@ def generate(
         it, which changes no token.
 
     Raises:
-      ValueError: `requests[i].field: value; what would fit`.
+      ValueError: `requests[i].field: value; what to use instead`.
     """
     if not requests:
         return []

@@ -39,14 +39,14 @@ def check_request(request: Request, config: ModelConfig, tokens: ThinkingTokens)
     """The maximum number of new tokens: `max_new_tokens`, or what the prompt leaves of the context.
 
     Raises:
-      ValueError: `field: value; what would fit`, where the model or the tokenizer does not allow a value.
+      ValueError: `field: value; what to use instead`, where the model or the tokenizer does not allow a value.
     """
     context, length = config.max_position_embeddings, len(request.prompt_ids)
     if length >= context:
-        raise ValueError(f"prompt_ids: {length} tokens; at most {context - 1} fit the context of {context}")
+        raise ValueError(f"prompt_ids: {length} tokens; use at most {context - 1}, one less than the context")
     outside = next((token for token in request.prompt_ids if not 0 <= token < config.vocab_size), None)
     if outside is not None:
-        raise ValueError(f"prompt_ids: {outside}; ids in 0..{config.vocab_size - 1} fit")
+        raise ValueError(f"prompt_ids: {outside}; use ids in 0..{config.vocab_size - 1}")
     opening = opening_of(request, tokens)
     max_new = min(request.max_new_tokens, context - length)
     if opening.end in (OPEN, BUDGET) and budget_of(request) < UNLIMITED:
@@ -105,7 +105,7 @@ def opening_of(request: Request, tokens: ThinkingTokens) -> Opening:
             is_open, closed = True, False
     if is_open if request.start_in_think is None else request.start_in_think:
         if not request.thinking:
-            raise ValueError("thinking: False, but the prompt ends inside an open <think>; True fits")
+            raise ValueError("thinking: False, but the prompt ends inside an open <think>; use True")
         over = thinking - budget_of(request)
         spent = over >= request.grace or (over > 0 and prompt[-1] in tokens.newlines)
         if spent and not in_tool and (not unfinished or over >= request.grace + MAX_WAIT):

@@ -94,14 +94,18 @@ class Pool:
         """Adds a request; the first step that has a free place begins it. Submit long prompts first where you can.
 
         Raises:
-          ValueError: `field: value; what would fit`. The rows in flight go on.
+          ValueError: `field: value; what to use instead`. The rows in flight go on.
         """
         limit = check_request(request, self._config, self._tokens)
         if limit > self._max_new:
-            raise ValueError(f"max_new_tokens: {request.max_new_tokens}; at most {self._max_new} fits this pool")
+            raise ValueError(
+                f"max_new_tokens: {request.max_new_tokens}; use at most {self._max_new}, the max_new of this pool"
+            )
         length = len(request.prompt_ids)
         if self._max_prompt is not None and length > self._max_prompt:
-            raise ValueError(f"prompt_ids: {length} tokens; at most {self._max_prompt} fit this pool")
+            raise ValueError(
+                f"prompt_ids: {length} tokens; use at most {self._max_prompt}, the max_prompt of this pool"
+            )
         self._schedule.submit(Row(key, request, limit))
 
     def cancel(self, key: Hashable) -> Result | None:
@@ -144,7 +148,7 @@ class Pool:
           ValueError: `max_prompt` was not given; the shapes then follow the requests.
         """
         if self._max_prompt is None:
-            raise ValueError("max_prompt: None; the longest prompt, given to the pool, fits")
+            raise ValueError("max_prompt: None; give the pool the length of the longest prompt")
         self._fit_cache()
         row = Row(None, Request((0,), max_new_tokens=1), 1)
         few, every = self._schedule.sizes()

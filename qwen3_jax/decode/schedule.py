@@ -143,7 +143,7 @@ class Schedule:
     """Rows in their places, and those that wait for one.
 
     parts: into how many the mesh splits rows. steps: most tokens that a row writes before the loop is left.
-    fixed: slots of the cache for the prompts and the ring; None fits them to the rows in flight.
+    fixed: slots of the cache for the prompts and the ring; None: they follow the rows in flight.
     """
 
     def __init__(self, rows: int, steps: int, parts: int, fixed: tuple[int, int] | None) -> None:
@@ -161,7 +161,7 @@ class Schedule:
     def submit(self, row: Row) -> None:
         """Puts a row at the end of the queue."""
         if row.key in self._rows:
-            raise ValueError(f"key: {row.key!r} is in flight; another one fits")
+            raise ValueError(f"key: {row.key!r} is in flight; use another one")
         self._rows[row.key] = row
         self._waiting.append(row)
         self._waiting_prompts[row.request.prompt_ids] += 1

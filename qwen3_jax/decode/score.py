@@ -36,13 +36,13 @@ def score(config: ModelConfig, params: Any, ids: Sequence[Sequence[int]], *, dty
       For each row a float32 array with one entry less than it has ids.
 
     Raises:
-      ValueError: `ids[i]: value; what would fit`.
+      ValueError: `ids[i]: value; what to use instead`.
     """
     for i, row in enumerate(ids):
         if not 0 < len(row) <= config.max_position_embeddings:
-            raise ValueError(f"ids[{i}]: {len(row)} tokens; 1 to {config.max_position_embeddings} fit the context")
+            raise ValueError(f"ids[{i}]: {len(row)} tokens; use 1 to {config.max_position_embeddings}")
         if not 0 <= min(row) <= max(row) < config.vocab_size:
-            raise ValueError(f"ids[{i}]: {min(row)}..{max(row)}; ids in 0..{config.vocab_size - 1} fit")
+            raise ValueError(f"ids[{i}]: {min(row)}..{max(row)}; use ids in 0..{config.vocab_size - 1}")
     params = nn.unbox(params)
     model = Qwen3(config, dtype=dtype, stacked=is_stacked(config, params), expert_dispatch="ragged")
     parts, scores = num_parts("batch"), [np.zeros(0, np.float32)] * len(ids)

@@ -40,9 +40,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
       ValueError: unless 0 <= c <= n and 1 <= k <= n.
     """
     if not 0 <= c <= n:
-        raise ValueError(f"c: {c}; a number in 0..{n} fits")
+        raise ValueError(f"c: {c}; use a number in 0..{n}")
     if not 1 <= k <= n:
-        raise ValueError(f"k: {k}; a number in 1..{n} fits")
+        raise ValueError(f"k: {k}; use a number in 1..{n}")
     draws = math.comb(n, k)
     return (draws - math.comb(n - c, k)) / draws
 
@@ -55,10 +55,10 @@ def score_file(path: Path) -> Score:
     refused prompt: it counts as a prompt without a correct sample, and does not limit k.
 
     Raises:
-      ValueError: `file:line: field: value; what would fit`, or the file has no answer.
+      ValueError: `file:line: field: value; what to use instead`, or the file has no answer.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; a JSONL file of answers fits")
+        raise ValueError(f"{path}: no such file; use a JSONL file of answers")
     correct: dict[str | int, dict[int, bool]] = defaultdict(dict)
     refused = 0
     with path.open("rb") as file:
@@ -72,12 +72,12 @@ def score_file(path: Path) -> Score:
                     continue
                 samples = correct[record["id"]]
                 if record["sample"] in samples:
-                    raise ValueError(f"sample: {record['sample']} of id {record['id']!r} again; another number fits")
+                    raise ValueError(f"sample: {record['sample']} of id {record['id']!r} again; use another number")
                 samples[record["sample"]] = record["content"].strip() == record["answer"].strip()
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
     if not correct:
-        raise ValueError(f"{path}: no answers; at least one line that is not an error fits")
+        raise ValueError(f"{path}: no answers; use at least one line that is not an error")
     prompts = len(correct) + refused
     counts = [(len(samples), sum(samples.values())) for samples in correct.values()]
     fewest, most = min(counts)[0], max(counts)[0]
@@ -108,9 +108,9 @@ def _parse(line: bytes) -> dict[str, Any]:
         "content": (str, "a string"),
         "answer": (str, "a string, the right answer,"),
     }
-    for name, (kind, fits) in fields.items():
+    for name, (kind, expected) in fields.items():
         if name not in record:
-            raise ValueError(f"{name}: missing; {fits} fits")
+            raise ValueError(f"{name}: missing; use {expected}")
         if not isinstance(record[name], kind) or isinstance(record[name], bool):
-            raise ValueError(f"{name}: {record[name]!r:.60}; {fits} fits")
+            raise ValueError(f"{name}: {record[name]!r:.60}; use {expected}")
     return record

@@ -69,7 +69,7 @@ def _find_tensors(directory: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint by released name, from the headers of its files."""
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
     if single.is_file() and index.is_file():
-        raise ValueError(f"model: {str(directory)!r} holds both {SINGLE_FILE} and {INDEX_FILE}; one of them fits")
+        raise ValueError(f"model: {str(directory)!r} holds both {SINGLE_FILE} and {INDEX_FILE}; use one of them")
     if single.is_file():
         files, placed = [SINGLE_FILE], None
     elif index.is_file():
@@ -80,7 +80,7 @@ def _find_tensors(directory: Path) -> dict[str, Tensor]:
             raise ValueError(f"{index}: not an index of safetensors files ({error!r})") from None
     else:
         raise ValueError(
-            f"model: {str(directory)!r} holds no *.safetensors; {SINGLE_FILE}, or {INDEX_FILE} with its files, fits"
+            f"model: {str(directory)!r} holds no *.safetensors; use {SINGLE_FILE}, or {INDEX_FILE} with its files"
         )
     problems: list[str] = []
     tensors: dict[str, Tensor] = {}
@@ -99,7 +99,7 @@ def _find_tensors(directory: Path) -> dict[str, Tensor]:
             problems += [f"{name} is in {file}, but not in the index" for name in sorted(held.keys() - named)]
         tensors |= held
     problems += [
-        f"{name} has elements of type {tensor.dtype} (one of {', '.join(DTYPES)} fits)"
+        f"{name} has elements of type {tensor.dtype} (use one of {', '.join(DTYPES)})"
         for name, tensor in tensors.items()
         if tensor.dtype not in DTYPES and not _is_ignored(name)
     ]

@@ -68,10 +68,10 @@ def save_checkpoint(
     wanted = {"/".join(leaf.path): leaf.shape for leaf in leaves}
     problems = mismatches(wanted, {"/".join(path): x.shape for path, x in flat.items()})
     if problems:
-        raise ValueError(f"params: {'; '.join(problems[:5])}; the weights of this configuration fit")
+        raise ValueError(f"params: {'; '.join(problems[:5])}; use the weights of this configuration")
     kinds = {str(x.dtype) for x in flat.values()}
     if dtype is None and len(kinds) > 1:
-        raise ValueError(f"dtype: None, but the weights have {', '.join(sorted(kinds))}; one of these fits")
+        raise ValueError(f"dtype: None, but the weights have {', '.join(sorted(kinds))}; use one of these")
     target = param_dtype(kinds.pop() if dtype is None else dtype)
     parts = [Part(name, leaf.tensor_shape, leaf.path, at) for leaf in leaves for at, name in leaf.tensors.items()]
     parts.sort(key=lambda part: [int(word) if word.isdigit() else word for word in part.name.split(".")])
@@ -99,7 +99,7 @@ def new_directory(directory: str | Path) -> Iterator[Path]:
     """
     directory = Path(directory)
     if directory.exists() and not (directory.is_dir() and next(directory.iterdir(), None) is None):
-        raise ValueError(f"target: {str(directory)!r} exists; a new or empty directory fits")
+        raise ValueError(f"target: {str(directory)!r} exists; use a new or empty directory")
     partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:

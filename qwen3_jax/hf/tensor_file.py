@@ -29,7 +29,7 @@ def param_dtype(name: Any) -> np.dtype[Any]:
     except TypeError:
         dtype = None
     if dtype not in DTYPES.values():
-        raise ValueError(f"dtype: {name!r}; one of float32, bfloat16, float16 fits")
+        raise ValueError(f"dtype: {name!r}; use one of float32, bfloat16, float16")
     return dtype
 
 

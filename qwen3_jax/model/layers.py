@@ -160,7 +160,7 @@ class MoeMlp(nn.Module):
             if length % (group_size * chunks):
                 raise ValueError(
                     f"group_size: {group_size} does not divide the sequence length {length}"
-                    f"{f' in {chunks} chunks' if chunks > 1 else ''}; a divisor fits"
+                    f"{f' in {chunks} chunks' if chunks > 1 else ''}; use a divisor"
                 )
             capacity = expert_capacity(group_size, e, cfg.num_experts_per_tok, self.capacity_factor)
             dispatch = functools.partial(moe_capacity, capacity=capacity, group_size=group_size)

@@ -93,20 +93,20 @@ class Qwen3(nn.Module):
         cfg = self.config
         if not self.is_initializing() and is_stacked(cfg, self.variables["params"]) != self.stacked:
             raise ValueError(
-                f"stacked: {self.stacked}, but the weights are in the other layout; {not self.stacked} fits"
+                f"stacked: {self.stacked}, but the weights are in the other layout; use {not self.stacked}"
             )
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens_BT)
         if positions is None:
             if cache is not None:
-                raise ValueError("positions: None; with a cache, the position of each token fits")
+                raise ValueError("positions: None; with a cache, give the position of each token")
             positions = segment_positions(segment_ids)
         if cache is None:
             tokens_BT, positions, segment_ids = (to_zigzag(x) for x in (tokens_BT, positions, segment_ids))
         elif num_parts("length") > 1:
-            raise ValueError(f"mesh.context: {num_parts('length')}; with a cache, 1 fits")
+            raise ValueError(f"mesh.context: {num_parts('length')}; use 1 with a cache")
         elif self.stacked:
-            raise ValueError("stacked: True; with a cache, False and weights of `unstack_layers` fit")
+            raise ValueError("stacked: True; with a cache, use False and weights of `unstack_layers`")
 
         embed_VD = declare(self, "embed_tokens", (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), self._normal())
         x_BTD = lookup(embed_VD, tokens_BT).astype(self.dtype or embed_VD.dtype)

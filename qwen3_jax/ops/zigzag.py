@@ -59,7 +59,7 @@ def _permute(x: jax.Array, send: Callable[..., jax.Array]) -> jax.Array:
     if parts == 1:
         return x
     if x.shape[1] % num_chunks():
-        raise ValueError(f"sequence length: {x.shape[1]}; a multiple of 2 x context = {num_chunks()} fits")
+        raise ValueError(f"sequence length: {x.shape[1]}; use a multiple of 2 x context = {num_chunks()}")
     names = ("batch", "length", *[None] * (x.ndim - 2))
     spec = partition_spec(names, jax.sharding.get_abstract_mesh(), x.shape)
     return jax.shard_map(functools.partial(send, parts=parts), in_specs=spec, out_specs=spec, check_vma=False)(x)

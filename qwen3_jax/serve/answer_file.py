@@ -27,18 +27,18 @@ class AnswerFile:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         if not path.parent.is_dir():
-            raise ValueError(f"output: {str(path.parent)!r} is not a directory; a file in one fits")
+            raise ValueError(f"output: {str(path.parent)!r} is not a directory; use a file in one")
         self.path = path
         self._settings_path = path.with_name(path.name + ".run.json")
         try:
             self._file = path.open("a+b", buffering=0)
         except OSError as error:
-            raise ValueError(f"output: {str(path)!r}: {error.strerror}; a file that can be written fits") from None
+            raise ValueError(f"output: {str(path)!r}: {error.strerror}; use a file that can be written") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
-            raise ValueError(f"output: {str(path)!r} is being written by another process; another file fits") from None
+            raise ValueError(f"output: {str(path)!r} is being written by another process; use another file") from None
         self.done: set[tuple[str, int]] = set()
         self.refused: set[int] = set()
         try:
@@ -66,7 +66,7 @@ class AnswerFile:
     def _read(self) -> None:
         if self._file.seek(0, os.SEEK_END) and not self._settings_path.is_file():
             raise ValueError(
-                f"output: {str(self.path)!r} exists, without the {self._settings_path.name!r} of a run; another fits"
+                f"output: {str(self.path)!r} exists, without the {self._settings_path.name!r} of a run; use another"
             )
         self._file.seek(0)
         whole = 0
@@ -83,7 +83,7 @@ class AnswerFile:
                         self.done.add((json.dumps(record["id"]), record["sample"]))
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(
-                        f"output: {str(self.path)!r} exists, and line {number} is not an answer; another file fits"
+                        f"output: {str(self.path)!r} exists, and line {number} is not an answer; use another file"
                     ) from None
         self._file.truncate(whole)
 
@@ -97,11 +97,11 @@ class AnswerFile:
         try:
             begun = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError):
-            raise ValueError(f"output: {str(path)!r} is not the record of a run; another output fits") from None
+            raise ValueError(f"output: {str(path)!r} is not the record of a run; use another output") from None
         now = json.loads(json.dumps(settings))
         for name in {**begun, **now}:
             if begun.get(name) != now.get(name):
                 raise ValueError(
                     f"output: {str(self.path)!r} was begun with {name} {begun.get(name)!r}, not {now.get(name)!r}; "
-                    "the same, or another file, fits"
+                    "use the same, or another file"
                 )

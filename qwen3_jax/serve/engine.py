@@ -50,7 +50,7 @@ class Engine:
         if tokenizer.num_tokens > config.vocab_size:
             raise ValueError(
                 f"vocab_size: {config.vocab_size} in {str(directory)!r}, whose tokenizer has {tokenizer.num_tokens} "
-                "tokens; an embedding for each of them fits"
+                "tokens; use an embedding with a row for each of them"
             )
         return cls(config, params, tokenizer, ThinkingTokens.from_tokenizer(tokenizer), chat.modes_of(directory))
 

@@ -128,12 +128,12 @@ def decode_file(
       report: called whenever the loop is left. announce: called with lines for the log.
 
     Raises:
-      ValueError: for a file that is not there or not ours, or in strict mode `file:line: field: value; what would fit`.
+      ValueError: for a file that is missing or not ours; in strict mode `file:line: field: value; what to use instead`.
     """
     if not source.is_file():
-        raise ValueError(f"input: {str(source)!r} does not exist; a JSONL file fits")
+        raise ValueError(f"input: {str(source)!r} does not exist; use a JSONL file")
     if writes and target.exists() and target.samefile(source):
-        raise ValueError(f"output: {str(target)!r} is the input; another file fits")
+        raise ValueError(f"output: {str(target)!r} is the input; use another file")
     lines, errors, digest = _index(engine, source, defaults, samples, strict, part)
     tally = Tally(prompts=len(lines), samples=len(lines) * samples, errors=len(errors))
     asked = [(line, sample) for line in lines for sample in range(samples)]
@@ -182,7 +182,7 @@ def decode_file(
 def _agree(source: Path, digest: str, done: list[bool]) -> list[bool]:
     """Which answers process 0 holds, on every process of one model; refuses another input than that of process 0."""
     if from_first_process(np.frombuffer(bytes.fromhex(digest), np.uint8)).tobytes().hex() != digest:
-        raise ValueError(f"input: {str(source)!r} is another file than that of process 0; the same on all of them fits")
+        raise ValueError(f"input: {str(source)!r} is another file than that of process 0; use the same on all of them")
     return [bool(value) for value in from_first_process(np.array(done, np.bool_))]
 
 
@@ -230,7 +230,7 @@ def _index(
                 record_id = record.get("id", number)
                 key = json.dumps(record_id)
                 if key in ids:
-                    raise ValueError(f"id: {key} stands on line {ids[key]} too; another one fits")
+                    raise ValueError(f"id: {key} stands on line {ids[key]} too; use another one")
                 ids[key] = number
                 if not ours:
                     continue
@@ -247,5 +247,5 @@ def _index(
 def _parse(line: bytes) -> dict[str, Any]:
     record = parse_record(line)
     if isinstance(record.get("id"), bool) or not isinstance(record.get("id", 0), str | int):
-        raise ValueError(f"id: {record['id']!r:.40}; a string or a whole number fits")
+        raise ValueError(f"id: {record['id']!r:.40}; use a string or a whole number")
     return record

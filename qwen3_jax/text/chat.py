@@ -146,21 +146,21 @@ def render(
       modes: of the model, see the top of this file.
 
     Raises:
-      ValueError: naming the field, its value and what would fit.
+      ValueError: naming the field, its value and what to use instead.
     """
     validate_messages(messages)
     if modes == "base":
-        raise ValueError("messages: a base model has no chat format; a hybrid, thinking or instruct model fits")
+        raise ValueError("messages: a base model has no chat format; use a hybrid, thinking or instruct model")
     if not isinstance(tools, list | tuple | None):
-        raise ValueError(f"tools: {tools!r:.60}; a list of JSON objects fits")
+        raise ValueError(f"tools: {tools!r:.60}; use a list of JSON objects")
     for i, tool in enumerate(tools or ()):
         if not isinstance(tool, Mapping):
-            raise ValueError(f"tools[{i}]: {tool!r}; a JSON object fits")
+            raise ValueError(f"tools[{i}]: {tool!r}; use a JSON object")
         _refuse_non_json(tool, f"tools[{i}]")
     if not isinstance(enable_thinking, bool):
-        raise ValueError(f"enable_thinking: {enable_thinking!r}; true or false fits")
+        raise ValueError(f"enable_thinking: {enable_thinking!r}; use true or false")
     if modes == "thinking" and not enable_thinking:
-        raise ValueError("enable_thinking: False, but this model has no non-thinking mode; True fits")
+        raise ValueError("enable_thinking: False, but this model has no non-thinking mode; use True")
 
     pieces: list[str] = []
     ids: list[int] = []
@@ -190,26 +190,26 @@ def validate_messages(messages: Sequence[Message]) -> None:
     its content may be None. `name` and `tool_call_id` are accepted and ignored. A key with value None counts as absent.
 
     Raises:
-      ValueError: naming the field, its value and what would fit.
+      ValueError: naming the field, its value and what to use instead.
     """
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
-        raise ValueError(f"messages: {messages!r:.60}; a list of one message or more fits")
+        raise ValueError(f"messages: {messages!r:.60}; use a list of one message or more")
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, Mapping):
-            raise ValueError(f"{where}: {message!r:.60}; an object with role and content fits")
+            raise ValueError(f"{where}: {message!r:.60}; use an object with role and content")
         role = message.get("role")
         if role not in ROLES:
-            raise ValueError(f"{where}.role: {role!r:.60}; one of {', '.join(ROLES)} fits")
+            raise ValueError(f"{where}.role: {role!r:.60}; use one of {', '.join(ROLES)}")
         known = _ANY_KEYS | _ASSISTANT_KEYS if role == "assistant" else _ANY_KEYS
         for key, value in message.items():
             if key not in known and value is not None:
-                raise ValueError(f"{where}.{key}: unknown for role {role}; {', '.join(sorted(known))} fit")
+                raise ValueError(f"{where}.{key}: unknown for role {role}; use one of {', '.join(sorted(known))}")
         content, thought = message.get("content"), message.get("reasoning_content")
         if not isinstance(content, str) and not (role == "assistant" and content is None):
-            raise ValueError(f"{where}.content: {content!r:.60}; a string fits")
+            raise ValueError(f"{where}.content: {content!r:.60}; use a string")
         if thought is not None and not isinstance(thought, str):
-            raise ValueError(f"{where}.reasoning_content: {thought!r:.60}; a string fits")
+            raise ValueError(f"{where}.reasoning_content: {thought!r:.60}; use a string")
         _validate_tool_calls(message.get("tool_calls"), f"{where}.tool_calls")
 
 
@@ -339,16 +339,16 @@ def _validate_tool_calls(calls: Any, where: str) -> None:
     if calls is None:
         return
     if not isinstance(calls, list | tuple):
-        raise ValueError(f"{where}: {calls!r:.60}; a list fits")
+        raise ValueError(f"{where}: {calls!r:.60}; use a list")
     for i, call in enumerate(calls):
         function = (call.get("function") or call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping):
-            raise ValueError(f"{where}[{i}]: {call!r:.60}; an object with a function fits")
+            raise ValueError(f"{where}[{i}]: {call!r:.60}; use an object with a function")
         name, arguments = function.get("name"), function.get("arguments")
         if not isinstance(name, str):
-            raise ValueError(f"{where}[{i}].name: {name!r:.60}; a string fits")
+            raise ValueError(f"{where}[{i}].name: {name!r:.60}; use a string")
         if not isinstance(arguments, str | Mapping):
-            raise ValueError(f"{where}[{i}].arguments: {arguments!r:.60}; a JSON object, or its text, fits")
+            raise ValueError(f"{where}[{i}].arguments: {arguments!r:.60}; use a JSON object, or its text")
         _refuse_non_json(arguments, f"{where}[{i}].arguments")
 
 
@@ -356,7 +356,7 @@ def _refuse_non_json(value: Any, where: str) -> None:
     try:
         _json(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {value!r:.60}; a JSON object fits ({error})") from None
+        raise ValueError(f"{where}: {value!r:.60}; use a JSON object ({error})") from None
 
 
 def _json(value: Any) -> str:

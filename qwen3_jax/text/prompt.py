@@ -50,15 +50,15 @@ def read_prompt(
       defaults: fields for records that do not have them; sampling is by mode where neither says.
 
     Raises:
-      ValueError: `field: value; what would fit`.
+      ValueError: `field: value; what to use instead`.
     """
     unknown = [name for name in record if name not in _FIELDS]
     if unknown:
-        raise ValueError(f"{unknown[0]}: unknown field; one of {', '.join(_FIELDS)} fits")
+        raise ValueError(f"{unknown[0]}: unknown field; use one of {', '.join(_FIELDS)}")
     if ("prompt" in record) == ("messages" in record):
-        raise ValueError("prompt, messages: exactly one of the two fits")
+        raise ValueError("prompt, messages: use exactly one of the two")
     if "prompt" in record and not isinstance(record["prompt"], str):
-        raise ValueError(f"prompt: {record['prompt']!r}; a string fits")
+        raise ValueError(f"prompt: {record['prompt']!r}; use a string")
     messages = record.get("messages", [{"role": "user", "content": record.get("prompt")}])
     fields = {**(defaults or {}), **record}
     enable_thinking = fields.get("enable_thinking", True)
@@ -67,7 +67,7 @@ def read_prompt(
     if modes == "instruct" and budget not in (None, -1):
         raise ValueError(f"thinking_budget: {budget!r}, but this model never thinks; leave it out")
     if modes == "thinking" and budget == 0:
-        raise ValueError("thinking_budget: 0, but this model has no non-thinking mode; a number >= 1 fits")
+        raise ValueError("thinking_budget: 0, but this model has no non-thinking mode; use a number >= 1")
     # A flag is acted on here, and the decoder writes the empty block; enable_thinking=False put it in the prompt.
     flag, rule = (chat.flag_mode(messages) if modes == "hybrid" else None), None
     is_unsaid = flag is None and "enable_thinking" not in fields and modes == "hybrid"
@@ -86,12 +86,12 @@ def read_prompt(
 def _flag(name: str, fields: Mapping[str, Any]) -> bool:
     value = fields.get(name, False)
     if not isinstance(value, bool):
-        raise ValueError(f"{name}: {value!r}; true or false fits")
+        raise ValueError(f"{name}: {value!r}; use true or false")
     return value
 
 
 def _stop_texts(stop: Any) -> tuple[str, ...]:
     texts = (stop,) if isinstance(stop, str) else stop
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f"stop: {stop!r}; a text that is not empty, or a list of them, fits")
+        raise ValueError(f"stop: {stop!r}; use a text that is not empty, or a list of them")
     return tuple(texts)

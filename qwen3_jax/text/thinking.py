@@ -38,9 +38,9 @@ class ThinkingTokens:
         for name in ("eos", "stop_ids", "empty_block"):
             object.__setattr__(self, name, tuple(int(token) for token in getattr(self, name)))
         if not self.eos:
-            raise ValueError("eos: (); at least one id fits")
+            raise ValueError("eos: (); use at least one id")
         if self.end_think not in self.stop_ids:
-            raise ValueError(f"stop_ids: {self.stop_ids} never closes the thought; ids that hold {self.end_think} fit")
+            raise ValueError(f"stop_ids: {self.stop_ids} never closes the thought; use ids that hold {self.end_think}")
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer, stop_text: str = chat.STOP_TEXT) -> ThinkingTokens:

@@ -91,7 +91,7 @@ class Tokenizer(Protocol):
     def _marker(self, piece: str) -> int:
         found = self.token_id(piece)
         if found is None:
-            raise ValueError(f"tokenizer: has no {piece}; a vocabulary with Qwen3's chat markers fits")
+            raise ValueError(f"tokenizer: has no {piece}; use a vocabulary with Qwen3's chat markers")
         return found
 
 
@@ -133,7 +133,7 @@ class HFTokenizer(Tokenizer):
             try:
                 pieces[i] = piece.encode() if i in added else bytes(map(byte_of.__getitem__, piece))
             except KeyError:
-                raise ValueError(f"tokenizer: {piece!r} spells no bytes; a byte-level vocabulary fits") from None
+                raise ValueError(f"tokenizer: {piece!r} spells no bytes; use a byte-level vocabulary") from None
         return pieces
 
 
@@ -156,8 +156,8 @@ class SentencePieceTokenizer(Tokenizer):
         space = [self._processor.id_to_piece(i) for i in self._processor.encode(" ")]
         if space != [_SPACE] or self.token_id("<0x00>") is None:
             raise ValueError(
-                f"tokenizer: {str(path)!r} does not round-trip every text; a model with byte fallback, no dummy prefix "
-                "and no whitespace removal fits (see train_sentencepiece)"
+                f"tokenizer: {str(path)!r} does not round-trip every text; use a model with byte fallback, no dummy "
+                "prefix and no whitespace removal (see train_sentencepiece)"
             )
         self._space_bytes = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._pieces = [self._spelled(i) for i in range(self.num_tokens)]
@@ -237,7 +237,7 @@ def _file_of(directory: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer.model"):
         if (directory / name).is_file():
             return directory / name
-    raise ValueError(f"tokenizer: {str(directory)!r} has none; a directory with tokenizer.json or tokenizer.model fits")
+    raise ValueError(f"tokenizer: {str(directory)!r} has none; use a directory with tokenizer.json or tokenizer.model")
 
 
 def fingerprint(directory: str | Path) -> str:
@@ -259,7 +259,7 @@ def train_sentencepiece(
     """
     texts = [text for text in texts if text]
     if not texts:
-        raise ValueError("texts: none; at least one that is not empty fits")
+        raise ValueError("texts: none; use at least one that is not empty")
     symbols = (*CHAT_MARKERS, "\n", "\n\n", *user_defined_symbols)
     model = io.BytesIO()
     try:
@@ -286,5 +286,5 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
-        raise ValueError(f"vocab_size: {vocab_size}; a larger one fits ({reason})") from None
+        raise ValueError(f"vocab_size: {vocab_size}; use a larger one ({reason})") from None
     path.write_bytes(model.getvalue())

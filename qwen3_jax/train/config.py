@@ -71,19 +71,19 @@ class TrainConfig:
         for name in (*positive.split(), "eval_every", "eval_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}: {value!r}; a number >= 1 fits")
+                raise ValueError(f"{name}: {value!r}; use a number >= 1")
         if self.spike_factor is not None and self.spike_factor <= 1:
-            raise ValueError(f"spike_factor: {self.spike_factor!r}; a number > 1 fits")
+            raise ValueError(f"spike_factor: {self.spike_factor!r}; use a number > 1")
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
-            raise ValueError(f"profile: {self.profile!r}; a first and a last step, from 1, fit")
+            raise ValueError(f"profile: {self.profile!r}; use a first and a last step, from 1")
         if self.data.batch_size % self.accumulation:
             raise ValueError(
                 f"accumulation: {self.accumulation} does not divide data.batch_size ({self.data.batch_size}); "
-                "a divisor fits"
+                "use a divisor"
             )
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
-                f"data.sequence_length: {self.data.sequence_length}; at most model.max_position_embeddings "
-                f"({self.model.max_position_embeddings}) fits"
+                f"data.sequence_length: {self.data.sequence_length}; use at most model.max_position_embeddings "
+                f"({self.model.max_position_embeddings})"
             )
         make_schedule(self.optimizer, self.steps)

@@ -27,7 +27,7 @@ class Feed(Protocol):
         """
 
     def get_state(self) -> dict[str, Any]:
-        """Where this process is, after the batch last returned: for the checkpoint, fit for JSON."""
+        """Where this process is, after the batch last returned: for the checkpoint, as JSON data."""
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on from there; `state` is the union of the states of all processes that there were."""

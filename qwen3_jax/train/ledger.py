@@ -62,7 +62,7 @@ class Ledger:
         return seconds["step"] / max(sum(seconds.values()), 1e-9)
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint, fit for JSON."""
+        """The state for the checkpoint, as JSON data."""
         return {"began": self._began, "seconds": self.seconds()}
 
     def summary(self) -> str:

@@ -82,8 +82,8 @@ def batch_structs(
         length = dict(zip(array.axes, array.shape, strict=True)).get("length", 0)
         if context > 1 and length % (2 * context):
             raise ValueError(
-                f"sequence_length: {length} on mesh.context {context}, two chunks a device; a multiple of "
-                f"{2 * context} fits"
+                f"sequence_length: {length} on mesh.context {context}, two chunks a device; use a multiple "
+                f"of {2 * context}"
             )
         micro = [n // accumulation if axis == "batch" else n for n, axis in zip(array.shape, array.axes, strict=True)]
         # Checked here for an error in one line; XLA's has fifty.

@@ -36,9 +36,9 @@ def link_stages(stages: Mapping[str, TrainConfig]) -> dict[str, TrainConfig]:
     for name, config in stages.items():
         for key in ("output_dir", "init_from"):
             if getattr(config, key) != getattr(first, key):
-                raise ValueError(f"stages.{name}.{key}: {getattr(config, key)!r}; the plan's, set outside stages, fits")
-        for field, value, fits in different_weights(config.model, first.model):
-            raise ValueError(f"stages.{name}.model.{field}: {value!r}; that of the first stage, {fits!r}, fits")
+                raise ValueError(f"stages.{name}.{key}: {getattr(config, key)!r}; use the plan's, set outside stages")
+        for field, value, first_value in different_weights(config.model, first.model):
+            raise ValueError(f"stages.{name}.model.{field}: {value!r}; use that of the first stage, {first_value!r}")
         directory = str(epath.Path(config.output_dir) / name)
         linked[name] = dataclasses.replace(config, output_dir=directory, init_from=weights)
         weights = directory

@@ -38,9 +38,9 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         if self.balance_scope not in get_args(BalanceScope):
-            raise ValueError(f"balance_scope: {self.balance_scope!r}; one of {', '.join(get_args(BalanceScope))} fits")
+            raise ValueError(f"balance_scope: {self.balance_scope!r}; use one of {', '.join(get_args(BalanceScope))}")
         if self.z_loss_coef < 0:
-            raise ValueError(f"z_loss_coef: {self.z_loss_coef!r}; a number >= 0 fits")
+            raise ValueError(f"z_loss_coef: {self.z_loss_coef!r}; use a number >= 0")
 
 
 def router_loss(

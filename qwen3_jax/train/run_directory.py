@@ -23,7 +23,7 @@ _EVERY = 60.0  # seconds between copies to a bucket
 def check_writable(output_dir: str) -> None:
     """ValueError unless files can be made in `output_dir`, which is made itself if it is on a disk."""
     if re.match(r"\w+:/(?!/)", output_dir):
-        raise ValueError(f"output_dir: {output_dir!r}; {output_dir.replace(':/', '://', 1)} fits")
+        raise ValueError(f"output_dir: {output_dir!r}; use {output_dir.replace(':/', '://', 1)}")
     # It would print a traceback for what is raised below in one line.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
@@ -35,7 +35,7 @@ def check_writable(output_dir: str) -> None:
         probe.unlink()
     except Exception as error:  # each kind of storage has its own
         raise ValueError(
-            f"output_dir: {output_dir!r}: {reason_of(error)}; a directory that can be written fits"
+            f"output_dir: {output_dir!r}: {reason_of(error)}; use a directory that can be written"
         ) from None
 
 

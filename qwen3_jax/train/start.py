@@ -79,7 +79,7 @@ def _load(source: epath.Path, config: ModelConfig, params: Any, mesh: Mesh, anno
         return hf.load_checkpoint(source, dtype="float32", mesh=mesh, stacked=True)[1]
     found = find_verified(source / CHECKPOINTS, announce)
     if found is None:
-        raise ValueError(f"init_from: {str(source)!r} holds no checkpoint; a run that has saved one fits")
+        raise ValueError(f"init_from: {str(source)!r} holds no checkpoint; use a run that has saved one")
     announce(f"weights of {found}")
     return restore_params(found, params)
 

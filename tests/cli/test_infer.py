@@ -122,15 +122,15 @@ def test_a_file_of_mixed_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path
     out = read(tmp_path / "out.jsonl")
     assert {record["id"]: record["line"] for record in out if "error" not in record} == {"a": 1, "b": 3, "c": 6}
     errors = {record["line"]: record["error"] for record in out if "error" in record}
-    assert errors[2] == "thinking_budget: 2.5; a whole number >= -1 or 'auto' fits"
+    assert errors[2] == "thinking_budget: 2.5; use a whole number >= -1 or 'auto'"
     assert errors[4].startswith("budget: unknown field; one of id, messages, prompt")
     assert errors[5].startswith("not valid JSON")
-    assert "tokens; at most 511 fit the context of 512" in errors[7]
-    assert errors[8] == 'id: "a" stands on line 1 too; another one fits'
-    assert errors[9] == "id: [1]; a string or a whole number fits"
+    assert "tokens; use at most 511, one less than the context" in errors[7]
+    assert errors[8] == 'id: "a" stands on line 1 too; use another one'
+    assert errors[9] == "id: [1]; use a string or a whole number"
     assert all(errors[line].startswith("not valid JSON (") for line in (10, 11, 12))
-    assert errors[13] == "sample: 2147483648; a whole number in 0..2147483647 fits"
-    assert errors[14] == "tools: 5; a list of JSON objects fits"
+    assert errors[13] == "sample: 2147483648; use a whole number in 0..2147483647"
+    assert errors[14] == "tools: 5; use a list of JSON objects"
     assert [record["id"] for record in out if record["line"] in (5, 8, 10)] == [None, "a", None]
     answers = {record["id"]: record for record in out if "error" not in record}
     assert answers["c"]["answer"] == answers["c"]["content"] == "8"
@@ -190,41 +190,41 @@ def test_a_file_that_no_run_began_is_left_as_it_is(
     code, _, err = run(capsys, "--input", str(source), "--output", str(target))
     assert code == (2 if text else 0)
     if text:
-        assert "exists, without the 'out.jsonl.run.json' of a run; another fits" in err
+        assert "exists, without the 'out.jsonl.run.json' of a run; use another" in err
         assert target.read_text() == text
     code, _, err = run(capsys, "--input", str(source), "--output", str(tmp_path))
     assert code == 2
-    assert "Is a directory; a file that can be written fits" in err
+    assert "Is a directory; use a file that can be written" in err
     code, _, err = run(capsys, "--input", str(source), "--output", str(source))
     assert (code, read(source)) == (2, [{"prompt": "What is 2 + 3?"}])
-    assert "is the input; another file fits" in err
+    assert "is the input; use another file" in err
 
 
 def test_strict_stops_before_anything_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", {"prompt": "What is 1 + 1?"}, {"prompt": "x", "top_p": 7})
     code, _, err = run(capsys, "--input", str(source), "--output", str(tmp_path / "out.jsonl"), "--strict")
     assert code == 2
-    assert f"error: {source}:2: top_p: 7; a number in [0, 1] fits" in err
+    assert f"error: {source}:2: top_p: 7; use a number in [0, 1]" in err
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--prompt", "x", "--thinking-budget", "-2"], "thinking_budget: -2; a whole number >= -1 or 'auto' fits"),
+        (["--prompt", "x", "--thinking-budget", "-2"], "thinking_budget: -2; use a whole number >= -1 or 'auto'"),
         (
             ["--prompt", "x", "--thinking-budget", "four"],
-            "thinking_budget: 'four'; a whole number >= -1 or 'auto' fits",
+            "thinking_budget: 'four'; use a whole number >= -1 or 'auto'",
         ),
         (["--prompt", "x", "--thinking-budget", "4", "--max-new-tokens", "9"], "max_new_tokens: 9 leaves 9"),
         (["--prompt", "x", "--model", "/nowhere"], "tokenizer: '/nowhere' has none"),
         (["--prompt", "x", "--mesh", "missing.yaml"], "config: 'missing.yaml' does not exist"),
-        ([*FILES, "--mesh", CPU8, "--batch-size", "6"], "--batch-size: 6; a multiple of the mesh's 4 parts fits"),
+        ([*FILES, "--mesh", CPU8, "--batch-size", "6"], "--batch-size: 6; use a multiple of the mesh's 4 parts"),
         (["--input", "missing.jsonl"], "--input, --output: one without the other"),
-        (["--prompt", "x", "--stream", "--json"], "--stream, --json: both; one of them fits"),
-        (["--prompt", "x", "--auto-cap", "3"], "--auto-cap: 3; with --thinking-budget auto it fits"),
-        ([*FILES, "--stream"], "--stream: with --input; --prompt fits"),
-        ([*FILES, "--samples", "0"], "--samples: 0; a number >= 1 fits"),
+        (["--prompt", "x", "--stream", "--json"], "--stream, --json: both; use one of them"),
+        (["--prompt", "x", "--auto-cap", "3"], "--auto-cap: 3; use --thinking-budget auto with it"),
+        ([*FILES, "--stream"], "--stream: with --input; use --prompt"),
+        ([*FILES, "--samples", "0"], "--samples: 0; use a number >= 1"),
         (["--input", "missing.jsonl", "--output", "out.jsonl"], "input: 'missing.jsonl' does not exist"),
     ],
 )

@@ -136,8 +136,8 @@ def test_what_one_process_refuses_ends_all(folder: Path, coordinator_address: st
     (folder / "other.jsonl").write_text('{"prompt": "x"}\n', encoding="utf-8")
     other = tuple(words(folder, "experts", tmp_path / "out.jsonl", source="other.jsonl"))
     for options, last, message in (
-        (("--strict",), (), "in.jsonl:4: top_p: 3; a number in [0, 1] fits"),
-        ((), other, "other.jsonl' is another file than that of process 0; the same on all of them fits"),
+        (("--strict",), (), "in.jsonl:4: top_p: 3; use a number in [0, 1]"),
+        ((), other, "other.jsonl' is another file than that of process 0; use the same on all of them"),
     ):
         processes = start(2, coordinator_address, *argv, *options, last=last)
         for process in processes:

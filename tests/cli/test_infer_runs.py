@@ -122,12 +122,12 @@ def refused(process: Command) -> str:
 
 def test_a_file_is_not_continued_under_other_settings(folder: Path, whole: Any) -> None:
     other = start(folder, "whole.jsonl", "--samples", str(SAMPLES), "--temperature", "0.5")
-    assert "was begun with temperature None, not 0.5; the same, or another file, fits" in refused(other)
+    assert "was begun with temperature None, not 0.5; use the same, or another file" in refused(other)
     answers = folder / "whole.jsonl"
     before = answers.read_text(encoding="utf-8")
     answers.write_text("mine\n" + before, encoding="utf-8")
     damaged = start(folder, answers.name, "--samples", str(SAMPLES))
-    assert "exists, and line 1 is not an answer; another file fits" in refused(damaged)
+    assert "exists, and line 1 is not an answer; use another file" in refused(damaged)
     assert answers.read_text(encoding="utf-8") == "mine\n" + before
     answers.write_text(before, encoding="utf-8")
 
@@ -137,7 +137,7 @@ def test_two_processes_cannot_write_one_file(folder: Path) -> None:
     while not (folder / "shared.jsonl").exists():
         time.sleep(0.01)
     second = start(folder, "shared.jsonl")
-    assert "is being written by another process; another file fits" in refused(second)
+    assert "is being written by another process; use another file" in refused(second)
     finish(first)
 
 

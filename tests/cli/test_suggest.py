@@ -61,7 +61,7 @@ def test_it_says_where_the_law_is_stretched(capsys: pytest.CaptureFixture[str]) 
         (["--params", "many", "--tokens", "1B"], "--params: 'many'; a number above 0"),
         (["--params", "1B", "--tokens", "-1"], "--tokens: '-1'; a number above 0"),
         (["--params", "1B", "--tokens", "infB"], "--tokens: 'infB'; a number above 0"),
-        (["--params", "1B", "--tokens", "1B", "--sequence-length", "0"], "--sequence-length: 0; a number >= 1 fits"),
+        (["--params", "1B", "--tokens", "1B", "--sequence-length", "0"], "--sequence-length: 0; use a number >= 1"),
         (["--model", "qwen3-7b", "--tokens", "1B"], "model preset: 'qwen3-7b' is unknown"),
     ],
 )

@@ -83,7 +83,7 @@ def test_report_as_table_and_plot(run: tuple[Path, dict[str, int]], capsys: pyte
 def test_directories_without_a_run_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["data", "report", str(tmp_path)])
-    assert "holds no sources.json; the output_dir of a training run fits" in capsys.readouterr().err
+    assert "holds no sources.json; use the output_dir of a training run" in capsys.readouterr().err
     (tmp_path / "sources.json").write_text("{}")
     with pytest.raises(SystemExit):
         main(["data", "report", str(tmp_path)])

@@ -255,7 +255,7 @@ def test_an_error_in_a_worker_is_that_of_the_document(folder: Path, tmp_path: Pa
     for workers in (0, 1):
         source = SourceConfig("bad", (str(path),))
         loader = make_loader(DataConfig((source,), str(folder), sequence_length=4, batch_size=1, workers=workers))
-        with pytest.raises(ValueError, match=rf"(?m)\A{path}:2: text: 2; a string that is not blank fits$"):
+        with pytest.raises(ValueError, match=rf"(?m)\A{path}:2: text: 2; use a string that is not blank$"):
             next(loader)
 
 
@@ -300,7 +300,7 @@ def test_state_goes_through_orbax(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"seed": 1}, "data.seed: 1, but the data position was saved under 0; 0 fits"),
+        ({"seed": 1}, "data.seed: 1, but the data position was saved under 0; use 0"),
         ({"batch_size": 4}, "data.batch_size: 4, but the data position was saved under 8"),
         ({"sequence_length": 25}, "data.sequence_length: 25, but .* under 24"),
         ({"weights": (2.0, 1.0)}, r"data.sources.mixed.jsonl.weight: 2.0, but .* under 1.0"),
@@ -317,7 +317,7 @@ def test_a_position_in_another_order_is_refused(folder: Path, fields: dict[str, 
 def test_a_position_without_a_lane_is_refused(folder: Path) -> None:
     config = _config(folder, "mixed.jsonl")
     with pytest.raises(
-        ValueError, match="data: the saved position lacks lane 4; the union of all processes' positions fits"
+        ValueError, match="data: the saved position lacks lane 4; use the union of all processes' positions"
     ):
         make_loader(config, range(4, 8)).set_state(make_loader(config, range(4)).get_state())
 
@@ -413,13 +413,13 @@ def test_counters_are_those_of_the_rows(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sources": ()}, r"sources: \(\); a list of at least one source fits"),
+        ({"sources": ()}, r"sources: \(\); use a list of at least one source"),
         ({"sources": (SourceConfig("a", ("a",)),) * 2}, "sources.name: 'a' occurs twice"),
-        ({"sequence_length": 1}, "sequence_length: 1; a number >= 2 fits"),
-        ({"batch_size": 0}, "batch_size: 0; a number >= 1 fits"),
+        ({"sequence_length": 1}, "sequence_length: 1; use a number >= 2"),
+        ({"batch_size": 0}, "batch_size: 0; use a number >= 1"),
         ({"seed": -1}, "seed: -1; a number from 0"),
         ({"seed": 2**32}, "seed: 4294967296; a number from 0"),
-        ({"workers": -1}, "workers: -1; a number >= 0 fits"),
+        ({"workers": -1}, "workers: -1; use a number >= 0"),
     ],
 )
 def test_config_errors_name_the_field(fields: dict[str, Any], message: str) -> None:
@@ -437,13 +437,13 @@ def test_config_errors_name_the_field(fields: dict[str, Any], message: str) -> N
     ("fields", "message"),
     [
         ({"name": ""}, "sources.name: ''; a name"),
-        ({"paths": "a.jsonl"}, "sources.a.paths: 'a.jsonl'; a list fits"),
+        ({"paths": "a.jsonl"}, "sources.a.paths: 'a.jsonl'; use a list"),
         ({"paths": ()}, r"sources.a.paths: \(\); a list of at least one"),
-        ({"languages": "en"}, "sources.a.languages: 'en'; a list fits"),
-        ({"weight": 0}, "sources.a.weight: 0; a number > 0 fits"),
-        ({"weight": float("nan")}, "sources.a.weight: nan; a number > 0 fits"),
+        ({"languages": "en"}, "sources.a.languages: 'en'; use a list"),
+        ({"weight": 0}, "sources.a.weight: 0; use a number > 0"),
+        ({"weight": float("nan")}, "sources.a.weight: nan; use a number > 0"),
         ({"tokens": (5, 4)}, r"sources.a.tokens: \[5, 4\]; \[min, max\]"),
-        ({"label_weights": {"domain": {"math": -1}}}, "sources.a.label_weights.domain.math: -1; a number >= 0 fits"),
+        ({"label_weights": {"domain": {"math": -1}}}, "sources.a.label_weights.domain.math: -1; use a number >= 0"),
         ({"label_weights": {"domain": {"math": 0, "*": 0}}}, "sources.a.label_weights.domain: all 0"),
     ],
 )

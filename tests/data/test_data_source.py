@@ -100,7 +100,7 @@ def test_random_access_over_globs_and_files(tmp_path: Path) -> None:
     [
         ("other.jsonl", "x\n", r"sources\.web\.paths: '.*a\.\*' matches no file"),
         ("a.jsonl", "\n \n", r"sources\.web\.paths: '.*a\.jsonl' holds no document"),
-        ("a.csv", "x", r"sources\.web\.paths: '.*a\.csv' has an unknown format; one of \.jsonl, .*\.arrayrecord fits"),
+        ("a.csv", "x", r"sources\.web\.paths: '.*a\.csv' has an unknown format; use one of \.jsonl, .*\.arrayrecord"),
         ("a.parquet", "x" * 100, r"(?s)sources\.web\.paths: '.*a\.parquet' cannot be read"),
         ("a.arrayrecord", "x" * 100, r"sources\.web\.paths: '.*a\.arrayrecord'"),
     ],

@@ -201,9 +201,9 @@ def test_fixed_slots_compile_everything_before_the_first_request() -> None:
         used.cancel(0)
         assert used.step() == []
     assert compiles() == 0
-    with pytest.raises(ValueError, match=r"^prompt_ids: 63 tokens; at most 62 fit this pool$"):
+    with pytest.raises(ValueError, match=r"^prompt_ids: 63 tokens; use at most 62, the max_prompt of this pool$"):
         used.submit(0, Request((1,) * 63, max_new_tokens=9))
-    with pytest.raises(ValueError, match=r"^max_prompt: None; the longest prompt, given to the pool, fits$"):
+    with pytest.raises(ValueError, match=r"^max_prompt: None; give the pool the length of the longest prompt$"):
         pool(4).warm_up()
 
 
@@ -211,11 +211,11 @@ def test_refusals_reach_the_caller_alone() -> None:
     used = pool(2)
     used.submit(0, requests()[0])
     first = used.step()
-    with pytest.raises(ValueError, match=r"^max_new_tokens: 200; at most 64 fits this pool$"):
+    with pytest.raises(ValueError, match=r"^max_new_tokens: 200; use at most 64, the max_new of this pool$"):
         used.submit(1, Request((1, EOS, GEN), max_new_tokens=200))
-    with pytest.raises(ValueError, match=r"^prompt_ids: 40; ids in 0\.\.39 fit$"):
+    with pytest.raises(ValueError, match=r"^prompt_ids: 40; use ids in 0\.\.39$"):
         used.submit(1, Request((40,)))
-    with pytest.raises(ValueError, match=r"^key: 0 is in flight; another one fits$"):
+    with pytest.raises(ValueError, match=r"^key: 0 is in flight; use another one$"):
         used.submit(0, requests()[1])
     assert_same(finished([*first, *drain(used)]))
     assert pool(2).step() == []

@@ -78,10 +78,10 @@ def test_sampled_tokens_have_the_samplers_log_probabilities() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ([], r"^ids\[1\]: 0 tokens; 1 to 62 fit the context$"),
-        ([1] * 63, r"^ids\[1\]: 63 tokens; 1 to 62 fit the context$"),
-        ([1, 40], r"^ids\[1\]: 1\.\.40; ids in 0\.\.39 fit$"),
-        ([-1, 3], r"^ids\[1\]: -1\.\.3; ids in 0\.\.39 fit$"),
+        ([], r"^ids\[1\]: 0 tokens; use 1 to 62$"),
+        ([1] * 63, r"^ids\[1\]: 63 tokens; use 1 to 62$"),
+        ([1, 40], r"^ids\[1\]: 1\.\.40; use ids in 0\.\.39$"),
+        ([-1, 3], r"^ids\[1\]: -1\.\.3; use ids in 0\.\.39$"),
     ],
 )
 def test_refusals(row: list[int], message: str) -> None:

@@ -41,9 +41,9 @@ def test_estimator_is_stable() -> None:
 @pytest.mark.parametrize(
     ("numbers", "error"),
     [
-        ((4, 5, 1), "c: 5; a number in 0..4 fits"),
+        ((4, 5, 1), "c: 5; use a number in 0..4"),
         ((4, -1, 1), "c: -1"),
-        ((4, 2, 0), "k: 0; a number in 1..4 fits"),
+        ((4, 2, 0), "k: 0; use a number in 1..4"),
         ((4, 2, 5), "k: 5"),
     ],
 )
@@ -69,7 +69,7 @@ def test_an_id_as_text_is_another_prompt_than_the_number(tmp_path: Path) -> None
 
 
 def test_a_refused_prompt_counts_as_wrong_at_every_k(tmp_path: Path) -> None:
-    records = [answer("a", 0, True), answer("a", 1, True), {"id": "b", "line": 2, "error": "prompt: 1; a string fits"}]
+    records = [answer("a", 0, True), answer("a", 1, True), {"id": "b", "line": 2, "error": "prompt: 1; use a string"}]
     score = score_file(write(tmp_path / "out.jsonl", records))
     assert (score.prompts, score.refused, score.samples) == (2, 1, (2, 2))
     assert score.pass_at == {1: 0.5, 2: 0.5}
@@ -86,13 +86,13 @@ def test_k_doubles_up_to_the_least_number_of_samples(tmp_path: Path, least: int,
     [
         ("{", r"out\.jsonl:2: not valid JSON"),
         ("[1]", r"out\.jsonl:2: '\[1\]': not a JSON object"),
-        ({"sample": 0}, r"out\.jsonl:2: id: missing; a string or a whole number fits"),
-        ({**answer("a", 0, True), "id": None}, "2: id: None; a string or a whole number fits"),
-        ({**answer("a", 0, True), "sample": "0"}, "2: sample: '0'; a whole number fits"),
-        ({**answer("a", 0, True), "sample": True}, "2: sample: True; a whole number fits"),
-        ({**answer("a", 0, True), "content": None}, "2: content: None; a string fits"),
-        ({**answer("a", 0, True), "answer": 4}, "2: answer: 4; a string, the right answer, fits"),
-        (answer("x", 0, False), "2: sample: 0 of id 'x' again; another number fits"),
+        ({"sample": 0}, r"out\.jsonl:2: id: missing; use a string or a whole number"),
+        ({**answer("a", 0, True), "id": None}, "2: id: None; use a string or a whole number"),
+        ({**answer("a", 0, True), "sample": "0"}, "2: sample: '0'; use a whole number"),
+        ({**answer("a", 0, True), "sample": True}, "2: sample: True; use a whole number"),
+        ({**answer("a", 0, True), "content": None}, "2: content: None; use a string"),
+        ({**answer("a", 0, True), "answer": 4}, "2: answer: 4; use a string, the right answer"),
+        (answer("x", 0, False), "2: sample: 0 of id 'x' again; use another number"),
     ],
 )
 def test_bad_lines_are_refused_by_place_and_field(
@@ -116,10 +116,10 @@ def test_bytes_that_are_no_text_are_refused_by_place(tmp_path: Path) -> None:
 
 
 def test_files_without_answers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no such file; a JSONL file of answers fits"):
+    with pytest.raises(ValueError, match="no such file; use a JSONL file of answers"):
         score_file(tmp_path / "out.jsonl")
     for records in ([], [{"id": 1, "line": 1, "error": "x"}]):
-        with pytest.raises(ValueError, match="no answers; at least one line that is not an error fits"):
+        with pytest.raises(ValueError, match="no answers; use at least one line that is not an error"):
             score_file(write(tmp_path / "out.jsonl", records))
 
 

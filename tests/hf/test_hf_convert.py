@@ -73,7 +73,7 @@ def test_the_newest_step_of_a_training_run(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_training_run_without_a_step(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ValueError, match="is empty; a run that has saved a checkpoint fits"):
+    with pytest.raises(ValueError, match="is empty; use a run that has saved a checkpoint"):
         run(str(tmp_path / "run"), str(tmp_path / "target"))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -83,6 +83,6 @@ def test_refusals_leave_nothing(tmp_path: Path) -> None:
     empty.mkdir()
     with pytest.raises(ValueError, match=r"config\.json"):
         run(str(empty), str(tmp_path / "target"))
-    with pytest.raises(ValueError, match="exists; a new or empty directory fits"):
+    with pytest.raises(ValueError, match="exists; use a new or empty directory"):
         run(str(empty), str(tmp_path))
     assert list(tmp_path.iterdir()) == [empty]

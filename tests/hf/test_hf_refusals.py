@@ -193,7 +193,7 @@ def test_index(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["int8", "float64", "float8_e4m3fn", "half-ish"])
 def test_dtype(dtype: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"dtype: '{dtype}'; one of float32, bfloat16, float16 fits"):
+    with pytest.raises(ValueError, match=f"dtype: '{dtype}'; use one of float32, bfloat16, float16"):
         hf.load_checkpoint(checkpoint(tmp_path), dtype=dtype)
     with pytest.raises(ValueError, match="dtype: "):
         hf.save_checkpoint(tmp_path / "d", DENSE, random_params(DENSE), dtype=dtype)
@@ -209,7 +209,7 @@ def test_params_that_do_not_fit(tmp_path: Path) -> None:
         hf.save_checkpoint(tmp_path / "c", DENSE, params)
     params = random_params(DENSE)
     params["norm"] = params["norm"].astype(jnp.bfloat16)
-    with pytest.raises(ValueError, match="dtype: None, but the weights have bfloat16, float32; one of these fits"):
+    with pytest.raises(ValueError, match="dtype: None, but the weights have bfloat16, float32; use one of these"):
         hf.save_checkpoint(tmp_path / "c", DENSE, params)
     assert not list(tmp_path.iterdir())
 
@@ -218,7 +218,7 @@ def test_an_existing_target_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     directory = checkpoint(tmp_path)  # an empty directory is as good as none
     before = (directory / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(ValueError, match="exists; a new or empty directory fits"):
+    with pytest.raises(ValueError, match="exists; use a new or empty directory"):
         checkpoint(tmp_path)
     assert (directory / "model.safetensors").stat().st_mtime_ns == before
 

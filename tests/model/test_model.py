@@ -201,7 +201,7 @@ def test_router_statistics(params: Any) -> None:
 
 def test_group_size_must_divide(params: Any) -> None:
     model = Qwen3(CONFIG, stacked=True, capacity_factor=1.0, group_size=5)
-    with pytest.raises(ValueError, match="group_size: 5 does not divide the sequence length 16; a divisor fits"):
+    with pytest.raises(ValueError, match="group_size: 5 does not divide the sequence length 16; use a divisor"):
         jax.eval_shape(model.apply, {"params": params}, TOKENS)
 
 
@@ -240,16 +240,16 @@ def test_a_row_may_write_nothing(params: Any) -> None:
 
 def test_cache_refusals(params: Any) -> None:
     cache = KVCache.create(CONFIG, BATCH, LENGTH, jnp.float32)
-    with pytest.raises(ValueError, match="positions: None; with a cache, the position of each token fits"):
+    with pytest.raises(ValueError, match="positions: None; with a cache, give the position of each token"):
         jax.eval_shape(PER_LAYER.apply, {"params": unstack_layers(CONFIG, params)}, TOKENS, cache=cache)
-    with pytest.raises(ValueError, match="stacked: True; with a cache, False and weights of `unstack_layers` fit"):
+    with pytest.raises(ValueError, match="stacked: True; with a cache, use False and weights of `unstack_layers`"):
         jax.eval_shape(MODEL.apply, {"params": params}, TOKENS, jnp.zeros_like(TOKENS), cache=cache)
 
 
 def test_weights_of_the_other_layout_are_refused(params: Any) -> None:
-    with pytest.raises(ValueError, match="stacked: False, but the weights are in the other layout; True fits"):
+    with pytest.raises(ValueError, match="stacked: False, but the weights are in the other layout; use True"):
         jax.eval_shape(PER_LAYER.apply, {"params": params}, TOKENS)
-    with pytest.raises(ValueError, match="stacked: True, but the weights are in the other layout; False fits"):
+    with pytest.raises(ValueError, match="stacked: True, but the weights are in the other layout; use False"):
         jax.eval_shape(MODEL.apply, {"params": unstack_layers(CONFIG, params)}, TOKENS)
 
 

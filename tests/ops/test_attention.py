@@ -102,7 +102,7 @@ def test_zigzag_order() -> None:
         assert mixed[0, ::2].tolist() == [0, 7, 1, 6, 2, 5, 3, 4]
         assert zigzag.zigzag_order(8, 4).tolist() == [0, 7, 1, 6, 2, 5, 3, 4]
         chex.assert_trees_all_equal(jax.jit(zigzag.from_zigzag)(mixed), chunks)
-        with pytest.raises(ValueError, match="sequence length: 12; a multiple of 2 x context = 8 fits"):
+        with pytest.raises(ValueError, match="sequence length: 12; use a multiple of 2 x context = 8"):
             zigzag.to_zigzag(chunks[:, :12])
 
 

@@ -187,7 +187,7 @@ def test_sampling_is_by_mode_and_what_a_record_says_goes_first(engine: Engine) -
 
 @pytest.mark.parametrize("stop", [3, "", [""], ["a", 1], {"a": 1}])
 def test_a_stop_text_of_the_wrong_kind_is_refused(engine: Engine, stop: Any) -> None:
-    with pytest.raises(ValueError, match=r"^stop: .*; a text that is not empty, or a list of them, fits$"):
+    with pytest.raises(ValueError, match=r"^stop: .*; use a text that is not empty, or a list of them$"):
         engine.prompt({"prompt": "x", "stop": stop})
 
 

@@ -30,7 +30,7 @@ from sharding import (
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": 0}, r"mesh\.data: 0; a number >= 1, or -1 .* fits"),
+        ({"data": 0}, r"mesh\.data: 0; use a number >= 1, or -1 .*"),
         ({"tensor": -2}, r"mesh\.tensor: -2; a number >= 1"),
         ({"data": -1, "fsdp": -1}, "at most one axis may be -1"),
     ],
@@ -87,7 +87,7 @@ def test_partition_spec() -> None:
 
 def test_partition_spec_refuses_by_name() -> None:
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
-    with pytest.raises(ValueError, match=r"logical axis: 'haeds' is unknown; one of .*heads.* fits"):
+    with pytest.raises(ValueError, match=r"logical axis: 'haeds' is unknown; use one of .*heads.*"):
         partition_spec(("haeds", "embed"), mesh)
     with pytest.raises(
         ValueError, match=r"mesh axis 'tensor' is wanted by both 'heads' and 'mlp' of \('heads', 'mlp'\)"
@@ -96,7 +96,7 @@ def test_partition_spec_refuses_by_name() -> None:
     with pytest.raises(ValueError, match="mesh axis 'fsdp' is wanted by both 'batch' and 'embed'"):
         partition_spec(("batch", "embed"), mesh)
     with pytest.raises(
-        ValueError, match="mesh: fsdp x expert = 4 does not divide axis 'batch' of size 6; 1, 2, 3 or 6 fits"
+        ValueError, match="mesh: fsdp x expert = 4 does not divide axis 'batch' of size 6; use 1, 2, 3 or 6"
     ):
         partition_spec(("batch", None), mesh, (6, 8))
 
@@ -107,7 +107,7 @@ def test_key_value_heads_are_replicated_where_they_do_not_divide() -> None:
     assert partition_spec(("kv_heads", "head_dim", "embed"), mesh, (4, 16, 32)) == P(None, None, None)
     assert partition_spec(("heads", "head_dim", "embed"), mesh, (32, 16, 32)) == P(("tensor",), None, None)
     with pytest.raises(
-        ValueError, match="tensor = 8 does not divide axis 'heads' of size 12; 1, 2, 3, 4, 6 or 12 fits"
+        ValueError, match="tensor = 8 does not divide axis 'heads' of size 12; use 1, 2, 3, 4, 6 or 12"
     ):
         partition_spec(("heads",), mesh, (12,))
 
@@ -138,7 +138,7 @@ def test_rules_hold_within_what_they_decorate() -> None:
         partition_spec(("batch",), mesh, (6,))
     with (
         axis_rules(DECODE_RULES),
-        pytest.raises(ValueError, match=r"'rows' is unknown; one of layers, .*, batch, .* fits"),
+        pytest.raises(ValueError, match=r"'rows' is unknown; use one of layers, .*, batch, .*"),
     ):
         partition_spec(("rows",), mesh)
 
@@ -168,7 +168,7 @@ def test_a_mesh_of_several_slices(describe_slices: Callable[..., Sequence[jax.De
     mesh = make_mesh(MeshConfig(data=2, tensor=2), devices)
     assert mesh.shape == {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
     assert [{device.slice_index for device in replica.flat} for replica in mesh.devices] == [{0}, {1}]
-    with pytest.raises(ValueError, match=r"mesh\.data: 1 on 2 slices; a multiple of 2 fits"):
+    with pytest.raises(ValueError, match=r"mesh\.data: 1 on 2 slices; use a multiple of 2"):
         make_mesh(MeshConfig(), devices)
 
 

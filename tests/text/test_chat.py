@@ -378,7 +378,7 @@ def test_edge_33_a_thinking_model_is_prompted_with_an_open_thought(
 def test_edge_33_a_thinking_model_has_no_non_thinking_mode(qwen: Tokenizer) -> None:
     ids = render([user("Hi /no_think")], qwen, modes="thinking").ids
     assert ids[-5:] == (151644, 77091, 198, 151667, 198)
-    with pytest.raises(ValueError, match="enable_thinking: False, but this model has no non-thinking mode; True fits"):
+    with pytest.raises(ValueError, match="enable_thinking: False, but this model has no non-thinking mode; use True"):
         render([user("Hi")], qwen, enable_thinking=False, modes="thinking")
 
 
@@ -395,7 +395,7 @@ def test_edge_33_an_instruct_model_never_gets_a_think_block(small: Tokenizer, en
 
 
 def test_edge_33_a_base_model_refuses_conversations(small: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="a base model has no chat format; a hybrid, thinking or instruct model fits"):
+    with pytest.raises(ValueError, match="a base model has no chat format; use a hybrid, thinking or instruct model"):
         render([user("Hi")], small, modes="base")
 
 
@@ -510,27 +510,27 @@ def test_edge_59_after_a_non_thinking_turn_the_next_prompt_does_not_extend_the_i
 @pytest.mark.parametrize(
     ("messages", "error"),
     [
-        ([], r"messages: \[\]; a list of one message or more fits"),
+        ([], r"messages: \[\]; use a list of one message or more"),
         ("Hi", "messages: 'Hi'; a list"),
-        (["Hi"], r"messages\[0\]: 'Hi'; an object with role and content fits"),
+        (["Hi"], r"messages\[0\]: 'Hi'; use an object with role and content"),
         (
             [user("a"), user("b"), {"role": "robot", "content": "c"}],
-            r"messages\[2\]\.role: 'robot'; one of system, user, assistant, tool fits",
+            r"messages\[2\]\.role: 'robot'; use one of system, user, assistant, tool",
         ),
         ([{"content": "a"}], r"messages\[0\]\.role: None; one of"),
-        ([{"role": "user"}], r"messages\[0\]\.content: None; a string fits"),
-        ([{"role": "system", "content": None}], r"messages\[0\]\.content: None; a string fits"),
-        ([user([{"type": "text", "text": "a"}])], r"messages\[0\]\.content: \[\{'type'.*; a string fits"),
-        ([assistant(["a"])], r"messages\[0\]\.content: \['a'\]; a string fits"),
+        ([{"role": "user"}], r"messages\[0\]\.content: None; use a string"),
+        ([{"role": "system", "content": None}], r"messages\[0\]\.content: None; use a string"),
+        ([user([{"type": "text", "text": "a"}])], r"messages\[0\]\.content: \[\{'type'.*; use a string"),
+        ([assistant(["a"])], r"messages\[0\]\.content: \['a'\]; use a string"),
         ([assistant("a", reasoning="b")], r"messages\[0\]\.reasoning: unknown for role assistant; content, name, reas"),
         ([{**user("a"), "tool_calls": [CALL]}], r"messages\[0\]\.tool_calls: unknown for role user; content, name, ro"),
-        ([assistant("a", reasoning_content=1)], r"messages\[0\]\.reasoning_content: 1; a string fits"),
-        ([assistant("a", tool_calls=CALL)], r"messages\[0\]\.tool_calls: .*; a list fits"),
-        ([assistant("a", tool_calls=["f"])], r"messages\[0\]\.tool_calls\[0\]: 'f'; an object with a function fits"),
-        ([assistant("a", tool_calls=[{"function": "f"}])], r"messages\[0\]\.tool_calls\[0\]: .* function fits"),
-        ([assistant("a", tool_calls=[CALL, {"arguments": {}}])], r"tool_calls\[1\]\.name: None; a string fits"),
+        ([assistant("a", reasoning_content=1)], r"messages\[0\]\.reasoning_content: 1; use a string"),
+        ([assistant("a", tool_calls=CALL)], r"messages\[0\]\.tool_calls: .*; use a list"),
+        ([assistant("a", tool_calls=["f"])], r"messages\[0\]\.tool_calls\[0\]: 'f'; use an object with a function"),
+        ([assistant("a", tool_calls=[{"function": "f"}])], r"messages\[0\]\.tool_calls\[0\]: .* use an object with a function"),
+        ([assistant("a", tool_calls=[CALL, {"arguments": {}}])], r"tool_calls\[1\]\.name: None; use a string"),
         ([assistant("a", tool_calls=[{"name": "f"}])], r"tool_calls\[0\]\.arguments: None; a JSON object, or its te"),
-        ([assistant("a", tool_calls=[{"name": "f", "arguments": {"x": {1}}}])], r"arguments: .*; a JSON object fits"),
+        ([assistant("a", tool_calls=[{"name": "f", "arguments": {"x": {1}}}])], r"arguments: .*; use a JSON object"),
     ],
 )
 def test_bad_messages_are_refused_by_field(small: Tokenizer, messages: Any, error: str) -> None:
@@ -552,12 +552,12 @@ def test_what_a_client_sends_along_is_accepted() -> None:
 
 @pytest.mark.parametrize("value", [0, 1, None, "false", "true"])
 def test_edge_29_enable_thinking_is_a_bool(small: Tokenizer, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"enable_thinking: {value!r}; true or false fits"):
+    with pytest.raises(ValueError, match=f"enable_thinking: {value!r}; use true or false"):
         render([user("Q")], small, enable_thinking=value)
 
 
 @pytest.mark.parametrize(
-    ("tools", "error"), [(["f"], r"tools\[0\]: 'f'; a JSON object fits"), ([{}, {"x": {1}}], r"tools\[1\]: .*set")]
+    ("tools", "error"), [(["f"], r"tools\[0\]: 'f'; use a JSON object"), ([{}, {"x": {1}}], r"tools\[1\]: .*set")]
 )
 def test_bad_tools_are_refused_by_field(small: Tokenizer, tools: Any, error: str) -> None:
     with pytest.raises(ValueError, match=error):

@@ -262,7 +262,7 @@ def test_token_bytes_of_gaps_and_of_sentencepieces_byte_pieces(small: Tokenizer,
 
 def test_a_vocabulary_not_of_bytes_is_refused(tmp_path: Path) -> None:
     tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"\u2581a": 0}, merges=[])).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="tokenizer: '\u2581a' spells no bytes; a byte-level vocabulary fits"):
+    with pytest.raises(ValueError, match="tokenizer: '\u2581a' spells no bytes; use a byte-level vocabulary"):
         load_tokenizer(tmp_path).token_bytes()
 
 
@@ -351,7 +351,7 @@ def test_tokenizer_json_goes_before_tokenizer_model(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"tokenizer: .* a directory with tokenizer.json or tokenizer.model fits"):
+    with pytest.raises(ValueError, match=r"tokenizer: .* use a directory with tokenizer.json or tokenizer.model"):
         load_tokenizer(tmp_path)
 
 
@@ -414,7 +414,7 @@ def test_indentation_is_one_piece(small: Tokenizer) -> None:
 
 
 def test_training_refuses_what_cannot_work(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="vocab_size: 100; a larger one fits"):
+    with pytest.raises(ValueError, match="vocab_size: 100; use a larger one"):
         train_sentencepiece(CORPUS, tmp_path / "tokenizer.model", 100)
     with pytest.raises(ValueError, match="texts: none"):
         train_sentencepiece([""], tmp_path / "tokenizer.model", 400)

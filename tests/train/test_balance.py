@@ -253,8 +253,8 @@ def test_router_series() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"balance_scope": "batch"}, "balance_scope: 'batch'; one of sequence, micro, step_running, step_exact fits"),
-        ({"z_loss_coef": -1.0}, "z_loss_coef: -1.0; a number >= 0 fits"),
+        ({"balance_scope": "batch"}, "balance_scope: 'batch'; use one of sequence, micro, step_running, step_exact"),
+        ({"z_loss_coef": -1.0}, "z_loss_coef: -1.0; use a number >= 0"),
     ],
 )
 def test_router_config_refuses(fields: dict[str, Any], message: str) -> None:

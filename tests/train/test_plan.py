@@ -103,12 +103,12 @@ def test_an_option_is_for_all_stages_or_for_one() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--s2.model.hidden_size", "64"], r"stages.s2.model.hidden_size: 64; that of the first stage, 128, fits"),
-        (["--s3.output_dir", "x"], "stages.s3.output_dir: 'x'; the plan's, set outside stages, fits"),
+        (["--s2.model.hidden_size", "64"], r"stages.s2.model.hidden_size: 64; use that of the first stage, 128"),
+        (["--s3.output_dir", "x"], "stages.s3.output_dir: 'x'; use the plan's, set outside stages"),
         (["--s4.steps", "1"], "--s4.steps: no such key"),
         (["--s2.stepz", "1"], "--stepz: no such key; did you mean --steps?"),
         (["--s2.steps", "5"], "toy.yaml: stages.s2: steps: 5 do not hold warmup_steps"),
-        (["--steps"], "--steps: --section.key value fits"),
+        (["--steps"], "--steps: use --section.key value"),
     ],
 )
 def test_bad_plans_are_refused_by_name(words: list[str], message: str) -> None:
@@ -231,7 +231,7 @@ def test_a_plan_is_not_a_run(plan: tuple[Path, str], command: list[str], capsys:
     run = plan[0] / "runs" / "whole"
     with pytest.raises(SystemExit, match="2"):
         qwen3_jax([word.format(run=run) for word in command])
-    assert f"holds the stages of a plan; one of {run}/s1, {run}/s2, {run}/s3 fits" in capsys.readouterr().err
+    assert f"holds the stages of a plan; use one of {run}/s1, {run}/s2, {run}/s3" in capsys.readouterr().err
 
 
 def test_the_sources_of_all_stages_are_tokenised(plan: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,10 +247,10 @@ def test_train_py_runs_resumes_exactly_and_is_the_same_on_eight_devices(run_file
         ),
         (["--steps", "many"], "`steps`: Couldn't parse 'many' into an int"),
         (["--mesh.tensor", "3"], "mesh.fsdp: -1, but the other axes (3) do not divide 1 devices"),
-        (["--accumulation", "3"], "accumulation: 3 does not divide data.batch_size (8); a divisor fits"),
+        (["--accumulation", "3"], "accumulation: 3 does not divide data.batch_size (8); use a divisor"),
         (
             ["--data.sequence_length", "256"],
-            "data.sequence_length: 256; at most model.max_position_embeddings (128) fits",
+            "data.sequence_length: 256; use at most model.max_position_embeddings (128)",
         ),
     ],
 )
@@ -263,5 +263,5 @@ def test_bad_configuration_is_one_line_and_exit_code_2(run_file: Path, overrides
 
 def test_a_sequence_that_the_context_axis_cannot_cut_is_refused() -> None:
     mesh = make_mesh(MeshConfig(fsdp=1, context=4, tensor=2))
-    with pytest.raises(ValueError, match=r"^sequence_length: 36 on mesh\.context 4, .* a multiple of 8 fits$"):
+    with pytest.raises(ValueError, match=r"^sequence_length: 36 on mesh\.context 4, .* use a multiple of 8$"):
         batch_structs(packed_arrays(4, 36), mesh)

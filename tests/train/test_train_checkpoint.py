@@ -186,7 +186,7 @@ def test_metrics_that_no_longer_fit_on_the_disk_end_the_run(small_disk: Path) ->
 
 
 def test_a_bucket_with_one_slash_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^output_dir: 'gs:/bucket/run'; gs://bucket/run fits$"):
+    with pytest.raises(ValueError, match=r"^output_dir: 'gs:/bucket/run'; use gs://bucket/run$"):
         check_writable("gs:/bucket/run")
 
 
