@@ -78,6 +78,11 @@ class Instruction:
         """The dimensions of its first array."""
         return self.arrays[0].dims
 
+    @property
+    def space(self) -> int:
+        """The memory space of its first array."""
+        return self.arrays[0].space if self.arrays else HBM
+
     def attribute(self, pattern: str) -> str | None:
         """The first group of a regular expression in the attributes, None if it does not match."""
         found = re.search(pattern, self.attributes)
@@ -166,18 +171,22 @@ class Program:
     entry: str
     partitions: int
 
+    def called(self, i: Instruction, *keys: str) -> Computation:
+        """The computation that the first of these attributes gives; without keys, that of a fusion or a call."""
+        return self.computations[i.computation(*keys or ("calls", "to_apply"))]
+
     def trip_count(self, scope: Computation, loop: Instruction) -> int | None:
         """The number of trips of a `while` in computation `scope`; None if it depends on data.
 
         The condition compares sums of constants and elements of the loop's state; the body adds constants to elements.
         Initial values are read from the operand. That of an element which changes is taken as 0 if it is not constant.
         """
-        condition = self.computations[loop.computation("condition")]
-        body = self.computations[loop.computation("body")]
+        condition = self.called(loop, "condition")
+        body = self.called(loop, "body")
         test, arguments = condition.root, None
         if test.op == "fusion":
             arguments = [self._sum(condition, name) for name in test.operands]
-            condition = self.computations[test.computation("calls")]
+            condition = self.called(test)
             test = condition.root
         if test.op != "compare":
             return None
@@ -223,7 +232,7 @@ class Program:
             return None
         given = [self._sum(scope, operand, arguments) for operand in i.operands]
         if i.op == "fusion":
-            fused = self.computations[i.computation("calls")]
+            fused = self.called(i)
             return self._sum(fused, fused.results[index].name, given) if index < len(fused.results) else None
         total: _Sum = Counter()
         for part in given:
