@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,10 @@ import jax
 
 import qwen3_jax
 import sharding
-from qwen3_jax.aot.programs import Work, decode_step, prefill, train_step, use_compiler
+from qwen3_jax.aot.programs import decode_step, prefill, train_step, use_compiler
 from qwen3_jax.aot.report import Report, compile_report
 
-_PROGRAMS: dict[str, Callable[[Any], Work]] = {
-    "train_step": train_step,
-    "prefill": prefill,
-    "decode_step": decode_step,
-}
+_PROGRAMS = {program.__name__: program for program in (train_step, prefill, decode_step)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +68,12 @@ def run_jobs(jobs: Sequence[Job], hlo_dir: Path | None = None) -> Iterator[Repor
 
 def _run(job: Job, hlo_dir: Path | None) -> Report:
     use_compiler()
-    work = _PROGRAMS[job.program](job.config)
-
-    def keep_text(text: str) -> None:
-        if hlo_dir is not None:
-            hlo_dir.mkdir(parents=True, exist_ok=True)
-            (hlo_dir / f"{job.program}-{_key(job)[:8]}.hlo").write_text(text)
-
-    return compile_report(work, job.config.mesh.topology, keep_text)
+    program: Any = _PROGRAMS[job.program]
+    report, text = compile_report(program(job.config), job.config.mesh.topology)
+    if hlo_dir is not None and text:
+        hlo_dir.mkdir(parents=True, exist_ok=True)
+        (hlo_dir / f"{job.program}-{_key(job)[:8]}.hlo").write_text(text)
+    return report
 
 
 def _key(job: Job) -> str:

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
             elif not args.sweep:
                 print(page(outcome, args.price) + "\n", flush=True)
     # The fastest first, those that do not fit last.
-    reports.sort(key=lambda found: (not found[1].fits, found[1].seconds_per_token))
+    reports.sort(key=lambda found: (not found[1].fits, -(found[1].tokens_per_second or 0) / found[1].chips))
     if args.sweep and not args.json:
         print(_table(reports, args.price))
     if args.plot:
