@@ -46,11 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     start_processes()
 
-    defaults = {name: getattr(args, name) for name in (*SETTINGS, "stop") if getattr(args, name) is not None}
-    if args.no_thinking:
-        defaults["enable_thinking"] = False
-    if args.mode_by_query:
-        defaults["mode_by_query"] = True
+    names = (*SETTINGS, "stop", "enable_thinking", "mode_by_query")
+    defaults = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     mesh = args.mesh and _mesh(args.mesh)
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         engine = Engine.load(args.model, dtype=args.dtype, mesh=mesh)
@@ -87,9 +84,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mesh", type=Path, help="YAML of mesh axes; rows, weights and cache are sharded over them")
 
     thinking = parser.add_argument_group("thinking")
-    thinking.add_argument("--no-thinking", action="store_true", help="put the empty thought into the prompt")
     thinking.add_argument(
-        "--mode-by-query", action="store_true", help="turn thinking off for questions that look something up"
+        "--no-thinking",
+        dest="enable_thinking",
+        action="store_const",
+        const=False,
+        help="put the empty thought into the prompt",
+    )
+    thinking.add_argument(
+        "--mode-by-query",
+        action="store_const",
+        const=True,
+        help="turn thinking off for questions that look something up",
     )
     settings = parser.add_argument_group("settings, also fields of a record; sampling defaults to Qwen3's own, by mode")
     for name, help_text in SETTINGS.items():

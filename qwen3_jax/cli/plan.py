@@ -147,12 +147,12 @@ def _table(reports: list[tuple[Job, Report]], price: float | None) -> str:
     if price is not None:
         lines[0] += "    $ per 10^9 tokens"
     for job, report in reports:
-        rate = f"{report.tokens_per_second / report.chips:13,.1f}" if report.tokens_per_second else f"{'':13}"
-        mfu = f"{report.mfu:6.1%}" if report.mfu else f"{'':6}"
-        step = f"{report.step_s * 1e3:8,.1f} ms" if report.step_s else f"{'':11}"
+        speed, cost = f"{'':33}", ""
+        if report.step_s is not None:
+            rate = (report.tokens_per_second or 0) / report.chips
+            speed = f"{report.step_s * 1e3:8,.1f} ms  {rate:13,.1f} {report.mfu:6.1%}"
+        if report.step_s is not None and price is not None:
+            cost = f"{report.dollars_per_billion_tokens(price):21,.2f}"
         hbm = f"{report.hbm_bytes / 2**30:7.1f}" + ("" if report.fits else f" of {report.capacity / 2**30:.0f}")
-        cost = report.dollars_per_billion_tokens(price) if price is not None else None
-        lines.append(
-            f"{job.label:{width}}  {job.program:11}{step}  {rate} {mfu}  {hbm}" + (f"{cost:21,.2f}" if cost else "")
-        )
+        lines.append(f"{job.label:{width}}  {job.program:11}{speed}  {hbm}{cost}")
     return "\n".join(lines)
