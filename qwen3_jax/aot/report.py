@@ -23,7 +23,6 @@ _COSTLIEST = 6
 _SCAFFOLD = re.compile(
     r"closed_call|checkpoint|rematted_computation|while|body|cond|branch_\d+_fun|shard_map|layers?_[\d_]+|dot_general"
 )
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _ADVICE = {
     "parameters": "use more chips along mesh.fsdp (or mesh.tensor)",
     "optimizer": "use more chips along mesh.fsdp (or mesh.data)",
@@ -91,8 +90,7 @@ class Report:
 
     def to_json(self, price: float | None = None) -> dict[str, Any]:
         """All fields and derived figures."""
-        derived = {"fits": self.fits, "hbm_bytes": self.hbm_bytes, "mfu": self.mfu}
-        derived["tokens_per_second"] = self.tokens_per_second
+        derived = {name: getattr(self, name) for name in ("fits", "hbm_bytes", "mfu", "tokens_per_second")}
         if price is not None:
             derived["dollars_per_billion_tokens"] = self.dollars_per_billion_tokens(price)
         return dataclasses.asdict(self) | derived
@@ -184,10 +182,10 @@ def _source(op_name: str) -> str:
 def refused_bytes(message: str, held: float) -> float:
     """HBM bytes per chip according to the compiler's refusal; infinite if it does not say."""
     used = re.search(r"Used ([\d.]+)([KMGT])i?B? of", message)
-    temporaries = re.search(r"HLO temporaries \(([\d.]+)([KMGT])", message)
-    if used:
-        return float(used[1]) * _UNITS[used[2]]
-    return held + float(temporaries[1]) * _UNITS[temporaries[2]] if temporaries else math.inf
+    size = used or re.search(r"HLO temporaries \(([\d.]+)([KMGT])", message)
+    if size is None:
+        return math.inf
+    return float(size[1]) * 2 ** (10 * " KMGT".index(size[2])) + (0 if used else held)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

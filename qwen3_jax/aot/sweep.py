@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import functools
 import hashlib
 import json
 import multiprocessing
@@ -53,38 +52,32 @@ def run_jobs(jobs: Sequence[Job], hlo_dir: Path | None = None) -> Iterator[Repor
             yield Report(**json.loads(kept.read_text()))
             continue
         with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+            outcome: Report | str
             try:
-                report = pool.submit(_run, job, hlo_dir).result()
+                outcome = pool.submit(_run, job, hlo_dir, kept).result()
             except ValueError as error:
-                yield str(error)
-                continue
+                outcome = str(error)
             except concurrent.futures.process.BrokenProcessPool:
-                yield "the compiler crashed, or ran out of this machine's memory"
-                continue
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(dataclasses.asdict(report)))
-        yield report
+                outcome = "the compiler crashed, or ran out of this machine's memory"
+        yield outcome
 
 
-def _run(job: Job, hlo_dir: Path | None) -> Report:
+def _run(job: Job, hlo_dir: Path | None, kept: Path) -> Report:
     use_compiler()
     program: Any = _PROGRAMS[job.program]
     report, text = compile_report(program(job.config), job.config.mesh.topology)
     if hlo_dir is not None and text:
         hlo_dir.mkdir(parents=True, exist_ok=True)
         (hlo_dir / f"{job.program}-{_key(job)[:8]}.hlo").write_text(text)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(dataclasses.asdict(report)))
     return report
 
 
 def _key(job: Job) -> str:
     """A hash of everything that a report depends on."""
-    made_by = jax.__version__, version("libtpu"), _sources()
-    return hashlib.sha256(repr((job.program, job.config, made_by)).encode()).hexdigest()
-
-
-@functools.cache
-def _sources() -> str:
-    digest = hashlib.sha256()
+    made_by = jax.__version__, version("libtpu")
+    digest = hashlib.sha256(repr((job.program, job.config, made_by)).encode())
     for package in (qwen3_jax, sharding):
         for path in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
             digest.update(path.read_bytes())
