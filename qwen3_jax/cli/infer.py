@@ -85,22 +85,15 @@ def _parser() -> argparse.ArgumentParser:
 
     thinking = parser.add_argument_group("thinking")
     thinking.add_argument(
-        "--no-thinking",
-        dest="enable_thinking",
-        action="store_const",
-        const=False,
-        help="put the empty thought into the prompt",
+        "--no-thinking", dest="enable_thinking", action="store_false", help="put the empty thought into the prompt"
     )
     thinking.add_argument(
-        "--mode-by-query",
-        action="store_const",
-        const=True,
-        help="turn thinking off for questions that look something up",
+        "--mode-by-query", action="store_true", help="turn thinking off for questions that look something up"
     )
     settings = parser.add_argument_group("settings, also fields of a record; sampling defaults to Qwen3's own, by mode")
     for name, help_text in SETTINGS.items():
         settings.add_argument(f"--{name.replace('_', '-')}", type=_number, help=help_text)
-    settings.set_defaults(max_new_tokens=1024)
+    parser.set_defaults(max_new_tokens=1024, enable_thinking=None, mode_by_query=None)
     settings.add_argument("--stop", action="append", help="text that ends the answer; may be given several times")
 
     one = parser.add_argument_group("with --prompt")
