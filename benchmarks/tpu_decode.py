@@ -72,11 +72,11 @@ def main() -> None:
 def measure(config: DecodeConfig) -> str:
     """The figures of a row; of the cache's copies those in the step and those around the loop."""
     assert config.mesh.topology is not None
-    work, texts = decode_step(config), []
-    report = compile_report(work, config.mesh.topology, texts.append)
+    work = decode_step(config)
+    report, text = compile_report(work, config.mesh.topology)
     assert report.step_s is not None
     assert report.floor_s is not None
-    program = read_program(texts[0])
+    program = read_program(text)
     key = decode_shapes(config, work.mesh).state.cache.keys[0]
     axes = tuple(sorted(size for size in key.sharding.shard_shape(key.shape) if size > 1))
     copies = [cache_copies(program, name, axes) for name in (costliest_loop(program), program.entry)]

@@ -10,10 +10,11 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from qwen3_jax.aot.hlo import HBM, VMEM, Array, Computation, Instruction, Program, read_program
+from qwen3_jax.aot.hlo import HBM, VMEM, Computation, Instruction, Program, read_program
 from qwen3_jax.chips import CHIPS, Chip
 
 Kind = Literal["matmul", "kernel", "other", "copy", "offload", "collective"]
@@ -27,22 +28,15 @@ _SLICES = ("slice", "dynamic-slice", "gather")  # read from operand 0 only what 
 _IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # update operand 0 in place: which operand is the update
 _WINDOW = {"size": 1, "stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1}  # of a convolution, with XLA's defaults
 _VIEWS = ("bitcast", "reshape", "get-tuple-element")
-_COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "all-to-all",
-    "collective-permute",
-    "ragged-all-to-all",
-    "reduce-scatter",
-)
+_COLLECTIVES = frozenset("all-gather all-reduce all-to-all collective-permute ragged-all-to-all reduce-scatter".split())
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Operation:
     """An instruction of the schedule, with all its runs in one step.
 
     kind: "copy" is an asynchronous copy between HBM and VMEM, "offload" an asynchronous computation on SparseCores.
-    op: the HLO operation, of a collective without "-start". op_name: its place in the Python program. shape: its type.
+    op: the HLO operation without "-start". op_name: its place in the Python program. shape: its type.
     count: number of runs. seconds, flops, bytes: totals over all runs. bytes: HBM traffic; for a collective, the bytes
       that are gathered or reduced.
     group_size, synchronous, exposed_s: for a collective, its number of devices, whether nothing runs beside it, and the
@@ -161,7 +155,7 @@ def read_cost(
     """
     program = read_program(text) if isinstance(text, str) else text
     reader = _Reader(program, chip, coords, kernel_share, unknown_trips)
-    run = reader.run(computation or program.entry)
+    run = reader.run(program.computations[computation or program.entry])
     operations = sorted(run.operations, key=lambda o: (-o.seconds, -o.bytes))
     return Cost(chip, tuple(operations), run.now, tuple(reader.unknown_loops))
 
@@ -186,7 +180,7 @@ class _Run:
         self.now = 0.0
         self.operations: list[Operation] = []
         self._links_free = [0.0, 0.0]  # when the links are free, in each direction
-        self._flights: dict[str, list[tuple[float, int | None]]] = {}  # end, and index into `operations`
+        self.flights: dict[str, list[tuple[float, Operation | None]]] = defaultdict(list)  # end, and the collective
 
     def do(self, operation: Operation) -> None:
         """Runs an operation that blocks the chip."""
@@ -199,34 +193,25 @@ class _Run:
 
     def send(self, key: str, collective: Operation) -> None:
         """Starts a collective: a permutation uses the direction that is free first, others use both."""
-        first = min(self._links_free)
-        directions = [self._links_free.index(first)] if collective.op == "collective-permute" else [0, 1]
-        end = max(self.now, *(self._links_free[k] for k in directions)) + collective.seconds
-        for k in directions:
-            self._links_free[k] = end
-        self._flights.setdefault(key, []).append((end, len(self.operations)))
+        self._links_free.sort()
+        used = 1 if collective.op == "collective-permute" else 2
+        end = max(self.now, self._links_free[used - 1]) + collective.seconds
+        self._links_free[:used] = [end] * used
+        self.flights[key].append((end, collective))
         self.operations.append(collective)
 
     def offload(self, key: str, run: _Run) -> None:
         """Starts a computation on the SparseCores."""
         self.operations += [dataclasses.replace(operation, kind="offload") for operation in run.operations]
-        self._flights.setdefault(key, []).append((self.now + run.now, None))
-
-    def in_flight(self, key: str) -> bool:
-        return key in self._flights
+        self.flights[key].append((self.now + run.now, None))
 
     def wait(self, key: str) -> None:
         """Waits for what was started under `key`."""
-        for end, index in self._flights.pop(key, []):
+        for end, collective in self.flights.pop(key, []):
             idle = max(0.0, end - self.now)
-            if index is not None:
-                sent = self.operations[index]
-                self.operations[index] = dataclasses.replace(sent, exposed_s=sent.exposed_s + idle)
+            if collective is not None:
+                collective.exposed_s += idle
             self.now += idle
-
-    def wait_all(self) -> None:
-        for key in list(self._flights):
-            self.wait(key)
 
 
 @dataclasses.dataclass
@@ -240,145 +225,113 @@ class _Reader:
     unknown_trips: float
     unknown_loops: list[str] = dataclasses.field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self._computations = self.program.computations
-        self._flops_of: dict[str, float] = {}
-
-    def run(self, name: str) -> _Run:
+    def run(self, scope: Computation) -> _Run:
         """One run of a computation of the schedule."""
-        run, scope = _Run(), self._computations[name]
+        run = _Run()
         for i in scope.values():
             if i.op == "while":
-                run.call(self.run(i.computation("body")), self._trips(scope, i))
+                body = self.run(self.program.called(i, "body"))
+                trips = self.program.trip_count(scope, i)
+                if trips is None:
+                    self.unknown_loops.append(i.name)
+                run.call(body, self.unknown_trips if trips is None else trips)
             elif i.op == "conditional":
-                run.call(max(map(self.run, i.branches), key=lambda branch: branch.now))
+                branches = [self.run(self.program.computations[name]) for name in i.branches]
+                run.call(max(branches, key=lambda branch: branch.now))
             elif i.op == "call":
-                run.call(self.run(_callee(i)))
+                run.call(self.run(self.program.called(i)))
             elif i.op.endswith("-done"):
                 run.wait(i.operands[0])
             elif i.op in ("copy-start", "slice-start"):
-                run.do(self._operation("copy", i, bytes=_copied(i)))
+                run.do(_operation("copy", i, bytes=_copied(i)))
+            elif collectives := self._collectives(scope, i):
+                self._communicate(run, scope, i, collectives)
             elif i.op in ("async-start", "call-start"):
-                sent = list(self._collectives(self._computations[_callee(i)]))
-                for collective in sent:
-                    run.send(i.name, dataclasses.replace(collective, synchronous=False))
-                if not sent:
-                    run.offload(i.name, self.run(_callee(i)))
-            elif i.op.removesuffix("-start") in _COLLECTIVES:
-                run.send(i.name, self._collective(scope, i))
-                if not i.op.endswith("-start"):
-                    run.wait(i.name)
-            elif i.op == "fusion":
-                self._fusion(run, scope, i)
+                run.offload(i.name, self.run(self.program.called(i)))
             elif i.op not in _FREE:
                 self._compute(run, scope, i)
-        run.wait_all()
+        for key in list(run.flights):
+            run.wait(key)
         return run
 
-    def _trips(self, scope: Computation, loop: Instruction) -> float:
-        trips = self.program.trip_count(scope, loop)
-        if trips is None:
-            self.unknown_loops.append(loop.name)
-            return self.unknown_trips
-        return trips
+    def _communicate(self, run: _Run, scope: Computation, i: Instruction, collectives: Sequence[Operation]) -> None:
+        """An instruction that is a collective or holds some: it starts them, waits for them, or both.
 
-    def _fusion(self, run: _Run, scope: Computation, i: Instruction) -> None:
-        """A fusion may hold a collective. It starts it, carries it while it is in flight, or ends it (all with one
-        channel), or it runs it beside its own computation."""
-        fused = self._computations[i.computation("calls")]
-        sent = list(self._collectives(fused))
-        if not sent:
-            return self._compute(run, scope, i)
-        if "AllReduceScatterFusion" in i.attributes:  # each device keeps its slice: half the time
-            for collective in sent:
-                half = dataclasses.replace(
-                    collective, op="reduce-scatter", op_name=i.op_name, seconds=collective.seconds / 2
-                )
-                run.send(i.name, half)
-            return run.wait(i.name)
-        channels = (inner.attribute(r"\bchannel_id=(\d+)") for inner in fused.values())
-        channel = next(filter(None, channels), i.name)
-        targets = {inner.attribute(r'custom_call_target="(\w+)"') for inner in fused.values()}
-        if "AsyncCollectiveDone" in targets:
-            return run.wait(channel)
-        starts = "AsyncCollectiveStart" in targets
-        alone = not starts and not run.in_flight(channel)
-        if starts or alone:
-            for collective in sent:
-                run.send(channel, dataclasses.replace(collective, synchronous=False))
-        if not starts:
+        The fusions that start, carry and end a collective have one channel. One that carries it computes meanwhile; one
+        that is alone does all three.
+        """
+        key, starts, computes, ends = i.name, True, False, not i.op.endswith("-start")
+        if i.op == "fusion" and "AllReduceScatterFusion" in i.attributes:  # each device keeps its slice: half the time
+            for collective in collectives:
+                collective.op, collective.op_name = "reduce-scatter", i.op_name
+                collective.seconds /= 2
+        elif i.op == "fusion":
+            held = "\n".join(inner.attributes for inner in self.program.called(i).values())
+            channel = re.search(r"\bchannel_id=(\d+)", held)
+            key = channel[1] if channel else i.name
+            if 'custom_call_target="AsyncCollectiveDone"' in held:
+                starts = False
+            elif 'custom_call_target="AsyncCollectiveStart"' in held:
+                ends = False
+            else:
+                computes, starts, ends = True, key not in run.flights, key not in run.flights
+        for collective in collectives if starts else ():
+            collective.synchronous = ends and not computes
+            run.send(key, collective)
+        if computes:
             self._compute(run, scope, i)
-        if alone:
-            run.wait(channel)
+        if ends:
+            run.wait(key)
 
     def _compute(self, run: _Run, scope: Computation, i: Instruction) -> None:
         """A matrix product, a kernel, or an operation whose bytes are its cost."""
         if i.op == "custom-call" and "tpu_custom_call" not in i.attributes:
             return  # bookkeeping such as AllocateBuffer
-        moved = [0.0, 0.0]
+        moved: dict[int, float] = defaultdict(float)
         for space, size in self._moved(scope, i):
-            if space in (HBM, VMEM):
-                moved[space] += size
-        chip = self.chip
-        seconds = max(moved[HBM], moved[VMEM] / _VMEM_SPEED) / chip.hbm_bandwidth
+            moved[space] += size
         kind: Kind = "other"
-        flops = 0.0
+        flops = self._flops(scope, i)
+        hbm_s = max(moved[HBM], moved[VMEM] / _VMEM_SPEED) / self.chip.hbm_bandwidth
+        seconds = max(hbm_s, flops / self.chip.peak_flops)
         if i.op == "custom-call":
-            kind, flops = "kernel", _kernel_flops(scope, i)
-            seconds = max(seconds, flops / chip.peak_flops) / self.kernel_share
-        elif i.op in ("dot", "convolution", "fusion"):
-            flops = self._flops(i.computation("calls")) if i.op == "fusion" else _dot_flops(scope, i)
-            if flops:
-                kind = "matmul"
-                cycles = i.attribute(r'"estimated_cycles":"(\d{1,18})"')  # unknown ones are the largest int64
-                seconds = int(cycles) / chip.clock_hz if cycles else max(seconds, flops / chip.peak_flops)
-        run.do(self._operation(kind, i, seconds=seconds, flops=flops, bytes=moved[HBM]))
+            kind, seconds = "kernel", seconds / self.kernel_share
+        elif flops:
+            kind = "matmul"
+            if cycles := i.attribute(r'"estimated_cycles":"(\d{1,18})"'):  # unknown ones are the largest int64
+                seconds = int(cycles) / self.chip.clock_hz
+        run.do(_operation(kind, i, seconds=seconds, flops=flops, bytes=moved[HBM]))
 
-    @staticmethod
-    def _operation(kind: Kind, i: Instruction, *, seconds: float = 0, flops: float = 0, bytes: float = 0) -> Operation:
-        return Operation(kind, i.name, i.op, i.op_name, i.type, 1, seconds, flops, bytes)
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # FLOPs
-
-    def _flops(self, name: str) -> float:
-        """FLOPs of the matrix products in a fused computation."""
-        if name not in self._flops_of:
-            scope, flops = self._computations[name], 0.0
-            for i in scope.values():
-                if i.op in ("dot", "convolution"):
-                    flops += _dot_flops(scope, i)
-                elif i.op == "fusion":
-                    flops += self._flops(i.computation("calls"))
-            self._flops_of[name] = flops
-        return self._flops_of[name]
+    def _flops(self, scope: Computation, i: Instruction) -> float:
+        """FLOPs of a kernel, or of the matrix products in an instruction."""
+        if i.op == "fusion":
+            fused = self.program.called(i)
+            return sum(self._flops(fused, inner) for inner in fused.values())
+        if i.op in ("dot", "convolution"):
+            return _dot_flops(scope, i)
+        return _kernel_flops(scope, i) if i.op == "custom-call" else 0.0
 
     # ------------------------------------------------------------------------------------------------------------------
     # Bytes
 
-    def _moved(self, scope: Computation, i: Instruction) -> Iterator[tuple[int, float]]:
+    def _moved(self, scope: Computation, i: Instruction) -> list[tuple[int, float]]:
         """`(memory space, bytes)` of everything that an instruction reads and writes."""
-        sources = [scope[name].arrays for name in i.operands]
+        sources = [scope[name] for name in i.operands]
+        read = [(array.space, array.bytes) for source in sources for array in source.arrays]
+        written = [(array.space, array.bytes) for array in i.arrays]
         if i.op == "fusion":
-            fused = self._computations[i.computation("calls")]
-            for arrays, parameter in zip(sources, fused.parameters, strict=True):
-                yield _space(arrays), self._read(fused, parameter)
+            fused = self.program.called(i)
+            pairs = zip(sources, fused.parameters, strict=True)
+            read = [(source.space, self._read(fused, parameter)) for source, parameter in pairs]
             if len(fused.results) == len(i.arrays):
-                for array, result in zip(i.arrays, fused.results, strict=True):
-                    yield array.space, self._written(fused, result)
-                return
+                results = zip(i.arrays, fused.results, strict=True)
+                written = [(array.space, self._written(fused, result)) for array, result in results]
         elif i.op in _SLICES:
-            yield _space(sources[0]), i.bytes
+            read = [(sources[0].space, i.bytes)]
         elif i.op in _IN_PLACE:
-            for array in (array for arrays in sources[1:] for array in arrays):
-                yield array.space, array.bytes
-            yield _space(i.arrays), scope[i.operands[_IN_PLACE[i.op]]].bytes
-            return
-        else:
-            for array in (array for arrays in sources for array in arrays):
-                yield array.space, array.bytes
-        for array in i.arrays:
-            yield array.space, array.bytes
+            del read[: len(sources[0].arrays)]
+            written = [(i.space, sources[_IN_PLACE[i.op]].bytes)]
+        return read + written
 
     def _read(self, fused: Computation, source: Instruction, updated: bool = False) -> float:
         """Bytes that a fused computation reads of `source`: only what it slices out of it, or all.
@@ -396,7 +349,7 @@ class _Reader:
             elif _is_view(user):
                 read += self._read(fused, user, updated)
             elif user.op == "fusion":
-                inner = self._computations[user.computation("calls")]
+                inner = self.program.called(user)
                 read += self._read(inner, inner.parameters[k], updated)
             elif user.op != "tuple" and user.op not in _COLLECTIVES:  # a tuple and a collective in flight read nothing
                 return whole
@@ -407,62 +360,55 @@ class _Reader:
         all."""
         if result.op == "parameter" or result.op in _COLLECTIVES:  # part of a collective that the fusion carries
             return 0.0
-        base, updates = self._updates(fused, result)
-        return min(updates, result.bytes) if base is not None and updates else result.bytes
+        return min(self._updates(fused, result)[1] or math.inf, result.bytes)
 
     def _updates(self, fused: Computation, i: Instruction) -> tuple[Instruction | None, float]:
         """The parameter that becomes `i` by updates in place alone (None: there is none), and the updates' bytes."""
         if i.op == "parameter":
             return i, 0.0
-        written, base = 0.0, i.operands[0] if i.operands else None
         if i.op in _IN_PLACE:
-            written = fused[i.operands[_IN_PLACE[i.op]]].bytes
-        elif i.op == "fusion" and len(i.arrays) == 1 and not _is_view(i):
-            inner = self._computations[i.computation("calls")]
+            base, written = i.operands[0], fused[i.operands[_IN_PLACE[i.op]]].bytes
+        elif _is_view(i):
+            base, written = i.operands[0], 0.0
+        elif i.op == "fusion" and len(i.arrays) == 1:
+            inner = self.program.called(i)
             parameter, written = self._updates(inner, inner.root)
-            base = i.operands[int(parameter.arguments)] if parameter is not None else None
-        elif not _is_view(i):
-            base = None
-        if base is None:
+            if parameter is None:
+                return None, 0.0
+            base = i.operands[int(parameter.arguments)]
+        else:
             return None, 0.0
         source, earlier = self._updates(fused, fused[base])
-        return source, earlier + written
+        return source, earlier + written if source is not None else 0.0
 
     # ------------------------------------------------------------------------------------------------------------------
     # Collectives
 
-    def _collectives(self, scope: Computation) -> Iterator[Operation]:
-        """The collectives in a computation that a fusion or an asynchronous call runs."""
-        for i in scope.values():
-            if i.op.removesuffix("-start") in _COLLECTIVES:
-                yield self._collective(scope, i)
-            elif i.op in ("fusion", "call", "async-start", "call-start"):
-                yield from self._collectives(self._computations[_callee(i)])
+    def _collectives(self, scope: Computation, i: Instruction) -> list[Operation]:
+        """The collectives that an instruction is, or that it holds in the computation it calls."""
+        if i.op.removesuffix("-start") in _COLLECTIVES:
+            return [self._collective(scope, i)]
+        if i.op not in ("fusion", "call", "async-start", "call-start"):
+            return []
+        called = self.program.called(i)
+        return [collective for inner in called.values() for collective in self._collectives(called, inner)]
 
     def _collective(self, scope: Computation, i: Instruction) -> Operation:
         """A ring over a torus axis sends in both directions if it closes; several axes share the bytes. Half of an
         all-to-all crosses the middle of the axis, which has the fewest links."""
-        op = i.op.removesuffix("-start")
-        given = sum(scope[name].bytes for name in i.operands)
+        op, size = i.op.removesuffix("-start"), sum(scope[name].bytes for name in i.operands)
         if op == "collective-permute":
-            group, size = 2, given
-            seconds = size / self.chip.ici_bandwidth
+            return _operation("collective", i, seconds=size / self.chip.ici_bandwidth, bytes=size, group_size=2)
+        devices = i.replica_group() or range(self.program.partitions)
+        group, axes = len(devices), self._torus_axes(devices)
+        # What it is given, or returns if that is more. The type of a start has operands and results.
+        size = max(size, i.bytes - size if i.op.endswith("-start") else i.bytes)
+        if op in ("all-to-all", "ragged-all-to-all"):
+            seconds = max(extent * size / (4 * bandwidth) for extent, bandwidth in axes)
         else:
-            devices = i.replica_group() or list(range(self.program.partitions))
-            group, axes = len(devices), self._torus_axes(devices)
-            size = given
-            if op in ("all-gather", "ragged-all-to-all"):  # a start's type has operands and results
-                size = i.bytes - given if i.op.endswith("-start") else i.bytes
-            if op in ("all-to-all", "ragged-all-to-all"):
-                size = max(size, given)
-                seconds = max(extent * size / (4 * bandwidth) for extent, bandwidth in axes)
-            else:
-                rounds = 2 if op == "all-reduce" else 1  # a reduce-scatter and an all-gather
-                seconds = rounds * size * (group - 1) / group / sum(bandwidth for _, bandwidth in axes)
-        synchronous = not i.op.endswith("-start")
-        return Operation(
-            "collective", i.name, op, i.op_name, i.type, 1, seconds, 0, size, group_size=group, synchronous=synchronous
-        )
+            rounds = 2 if op == "all-reduce" else 1  # a reduce-scatter and an all-gather
+            seconds = rounds * size * (group - 1) / group / sum(bandwidth for _, bandwidth in axes)
+        return _operation("collective", i, seconds=seconds, bytes=size, group_size=group)
 
     def _torus_axes(self, devices: Sequence[int]) -> list[tuple[int, float]]:
         """`(devices along the axis, bytes/s that each of them sends)` for each torus axis that a group spans."""
@@ -479,17 +425,13 @@ class _Reader:
         return axes or [(len(devices), 2 * link)]  # the cores of one chip
 
 
-def _callee(i: Instruction) -> str:
-    return i.computation("calls", "to_apply")
+def _operation(kind: Kind, i: Instruction, **figures: Any) -> Operation:
+    return Operation(kind, i.name, i.op.removesuffix("-start"), i.op_name, i.type, 1, **figures)
 
 
 def _is_view(i: Instruction) -> bool:
     """Whether an instruction of a fused computation moves nothing; some fusions only change tiles."""
     return i.op in _VIEWS or "output_to_operand_aliasing={{}: (0, {})}" in i.attributes
-
-
-def _space(arrays: Sequence[Array]) -> int:
-    return arrays[0].space if arrays else HBM
 
 
 def _copied(i: Instruction) -> float:
@@ -508,14 +450,12 @@ def _dot_flops(scope: Computation, i: Instruction) -> float:
     labels = re.search(r"\bdim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
     assert labels is not None, f"{i.name} has no dim_labels"
     data, kernel, out = labels.groups()
-    window = dict(part.split("=") for part in (i.attribute(r"\bwindow=\{([^}]*)\}") or "").split())
     axes = sorted(filter(str.isdigit, kernel))
 
     def given(key: str, default: int) -> list[int]:
         """A value for each axis; of a padding "low_high" the low one."""
-        return (
-            [int(value.split("_")[0]) for value in window[key].split("x")] if key in window else [default] * len(axes)
-        )
+        values = i.attribute(rf"\bwindow=\{{[^}}]*\b{key}=([\w\-]+)")
+        return [int(value.split("_")[0]) for value in values.split("x")] if values else [default] * len(axes)
 
     windows = zip(*(given(key, default) for key, default in _WINDOW.items()), strict=True)
     flops = 2.0 * i.dims[out.index("b")] * i.dims[out.index("f")] * right[kernel.index("i")]
@@ -533,18 +473,16 @@ def _products(data: int, out: int, size: int, stride: int, pad: int, left_dilati
 
 
 def _kernel_flops(scope: Computation, i: Instruction) -> float:
-    """FLOPs of a Pallas kernel: those that it states, or those of attention; 0 for others, whose bytes alone count."""
+    """FLOPs of a Pallas kernel: those that it states, or those of causal attention, half of which is masked; 0 for
+    others, whose bytes alone count.
+
+    Attention forward: scores and values. Backward: the scores again, the gradient of the attention weights, and one
+    product for each gradient that is returned.
+    """
     stated = i.attribute(r'"cost_estimate":\{[^}]*"flops":"?(\d+)')
-    if stated is not None:
-        return float(stated)
-    if "splash_mha" in i.name:
-        return _attention_flops(i, [array for operand in i.operands for array in scope[operand].arrays])
-    return 0.0
-
-
-def _attention_flops(i: Instruction, given: Sequence[Array]) -> float:
-    """FLOPs of causal attention, half of which is masked. Forward: scores and values. Backward: the scores again, the
-    gradient of the attention weights, and one product for each gradient that is returned."""
+    if stated is not None or "splash_mha" not in i.name:
+        return float(stated or 0)
+    given = [array for operand in i.operands for array in scope[operand].arrays]
     q, k = [array for array in given if array.dtype in ("bf16", "f32")][:2]
     product = 2.0 * math.prod(q.dims) * k.dims[-2] / 2
     ends = {q.dims[-2:], k.dims[-2:]}

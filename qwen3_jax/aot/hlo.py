@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
+
+import numpy as np
 
 HBM, VMEM = 0, 1  # memory spaces; the others are host memory, scalar memory and flags
 
@@ -23,6 +25,13 @@ _HEADER = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"  (ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+# Where a header or an instruction begins. Other line breaks are inside of attributes.
+_BREAK = re.compile(r"\n(?=  (?:ROOT )?%|(?:ENTRY )?%[\w.\-]+ \(.*\{\n)")
+
+_SUMS = ("add", "copy", "bitcast", "convert", "reshape", "copy-start", "copy-done")  # of one or several operands
+_CONSTANT = -1
+_Sum = Counter[int]  # the coefficient of each element of a loop's state by its number; under _CONSTANT the constant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +78,11 @@ class Instruction:
         """The dimensions of its first array."""
         return self.arrays[0].dims
 
+    @property
+    def space(self) -> int:
+        """The memory space of its first array."""
+        return self.arrays[0].space if self.arrays else HBM
+
     def attribute(self, pattern: str) -> str | None:
         """The first group of a regular expression in the attributes, None if it does not match."""
         found = re.search(pattern, self.attributes)
@@ -83,10 +97,9 @@ class Instruction:
     @property
     def branches(self) -> list[str]:
         """The names of a conditional's computations."""
-        listed = self.attribute(r"\bbranch_computations=\{([^}]*)\}")
-        if listed is not None:
-            return _NAME.findall(listed)
-        return [self.computation("true_computation"), self.computation("false_computation")]
+        named = self.attribute(r"\b(branch_computations=\{[^}]*|true_computation=\S+ false_computation=\S+)")
+        assert named is not None, f"{self.name} has no branches"
+        return _NAME.findall(named)
 
     @property
     def op_name(self) -> str:
@@ -104,34 +117,24 @@ class Instruction:
         Raises:
           ValueError: another form.
         """
-        listed = self.attribute(r"\breplica_groups=\{\{([\d,]*)\}")
-        if listed is not None:
-            return list(_ints(listed))
-        iota = re.search(r"\breplica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", self.attributes)
-        if iota:
-            return _iota(iota[2], iota[3])[: _ints(iota[1])[-1]]
-        mesh = re.search(
-            r"\breplica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
-            self.attributes,
-        )
-        if not mesh:
-            if self.attribute(r"\breplica_groups=(?!\{\})(.{,80})"):
-                raise ValueError(
-                    f"replica_groups: {self.attributes[:200]!r} cannot be read; lists, iotas and meshes can"
-                )
+        groups = self.attribute(r"\breplica_groups=(.*)") or "{}"
+        if groups.startswith("{}"):
             return []
+        if listed := re.match(r"\{\{([\d,]*)\}", groups):
+            return list(_ints(listed[1]))
+        if iota := re.match(rf"\[([\d,]+)\]<={_IOTA}", groups):
+            return _iota(iota[2], iota[3])[: _ints(iota[1])[-1]].tolist()
+        mesh = re.match(rf"mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))? \{{([^}}]*)\}}", groups)
+        if mesh is None:
+            raise ValueError(f"replica_groups: {groups[:200]!r} cannot be read; lists, iotas and meshes can")
         sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
-        strides = dict(zip(sizes, _strides(list(sizes.values())), strict=True))
-        steps = []
+        positions = np.zeros(1, int)
         for axis, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[4]):
-            size = int(part) if part else sizes[axis]  # 'x':(2)4 is the axis of 4 in 'x' split into 2 x 4 x rest
+            size = int(part or sizes[axis])  # 'x':(2)4 is the axis of 4 in 'x' split into 2 x 4 x rest
             rest = sizes[axis] // (size * int(before or 1))
-            steps.append(range(0, size * rest * strides[axis], rest * strides[axis]))
-        positions = [sum(offsets) for offsets in itertools.product(*steps)]
-        if mesh[2] is None:
-            return positions
-        devices = _iota(mesh[2], mesh[3])
-        return [devices[position] for position in positions]
+            stride = math.prod(list(sizes.values())[list(sizes).index(axis) + 1 :])
+            positions = np.add.outer(positions, np.arange(size) * rest * stride).ravel()
+        return (_iota(mesh[2], mesh[3])[positions] if mesh[2] else positions).tolist()
 
 
 class Computation(dict[str, Instruction]):
@@ -168,89 +171,75 @@ class Program:
     entry: str
     partitions: int
 
+    def called(self, i: Instruction, *keys: str) -> Computation:
+        """The computation that the first of these attributes gives; without keys, that of a fusion or a call."""
+        return self.computations[i.computation(*keys or ("calls", "to_apply"))]
+
     def trip_count(self, scope: Computation, loop: Instruction) -> int | None:
         """The number of trips of a `while` in computation `scope`; None if it depends on data.
 
-        The condition compares an element of the loop's state with a constant or with another element, and the body adds
-        a constant to it. Its initial value is read from the operand; where that is not a constant, it is taken as 0.
+        The condition compares sums of constants and elements of the loop's state; the body adds constants to elements.
+        Initial values are read from the operand. That of an element which changes is taken as 0 if it is not constant.
         """
-        condition = self.computations[loop.computation("condition")]
-        body = self.computations[loop.computation("body")]
+        condition = self.called(loop, "condition")
+        body = self.called(loop, "body")
         test, arguments = condition.root, None
         if test.op == "fusion":
-            arguments = [self._trace(condition, name) for name in test.operands]
-            condition = self.computations[test.computation("calls")]
+            arguments = [self._sum(condition, name) for name in test.operands]
+            condition = self.called(test)
             test = condition.root
         if test.op != "compare":
             return None
-        left, right = (self._trace(condition, name, arguments) for name in test.operands)
+        left, right = (self._sum(condition, name, arguments) for name in test.operands)
+        if left is None or right is None:
+            return None
         direction = test.attribute(r"direction=(\w+)")
-        if left is not None and left.element is None:
+        if direction in ("GT", "GE"):
             left, right = right, left
-            direction = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE"}.get(direction or "", direction)
-        if left is None or left.element is None or right is None:
-            return None
-
-        def initial(element: int) -> int | None:
-            state = scope[loop.operands[0]]
-            value = self._trace(scope, state.operands[element]) if state.op == "tuple" else None
-            return value.constant if value is not None and value.element is None else None
-
-        limit = right.constant
-        if right.element is not None:
-            carried = initial(right.element)
-            if carried is None:
+        distance = Counter(right)  # to the end of the loop; its value before the first trip, and its change in each
+        distance.subtract(left)
+        first, step = distance.pop(_CONSTANT, 0) + (direction in ("LE", "GE")), 0
+        for element, factor in distance.items():
+            start = self._constant(scope, scope[loop.operands[0]], element)
+            change = self._constant(body, body.root, element, less=[element]) or 0
+            if start is None and not change:
                 return None
-            limit += carried
-        step = self._trace(body, body.results[left.element].name) if body.root.op == "tuple" else None
-        if step is None or step.element != left.element or step.constant == 0:
-            return None
-        distance = limit - left.constant - (initial(left.element) or 0)
-        if direction in ("LE", "GE"):
-            distance += 1 if direction == "LE" else -1
-        return max(0, math.ceil(distance / step.constant))
+            first += factor * (start or 0)
+            step += factor * change
+        return max(0, math.ceil(first / -step)) if step else None
 
-    def _trace(
-        self, scope: Computation, name: str, arguments: Sequence[_Linear | None] | None = None
-    ) -> _Linear | None:
-        """An integer as a constant, or as a constant plus an element of the computation's one parameter, a tuple. None
-        if it is neither. `arguments` are the values of a fused computation's parameters."""
-        i = scope[name]
+    def _constant(self, scope: Computation, state: Instruction, element: int, less: Sequence[int] = ()) -> int | None:
+        """The value of an element of a tuple, less these elements of the loop's state; None if it is not constant."""
+        total = self._sum(scope, state.operands[element]) if state.op == "tuple" else None
+        if total is None:
+            return None
+        total.subtract(less)
+        return total[_CONSTANT] if total == Counter({_CONSTANT: total[_CONSTANT]}) else None
+
+    def _sum(self, scope: Computation, name: str, arguments: Sequence[_Sum | None] | None = None) -> _Sum | None:
+        """An integer as a sum of constants and elements of the computation's one parameter, a tuple. None if it is
+        anything else. `arguments` are the values of a fused computation's parameters."""
+        i, index = scope[name], 0
+        if i.op == "get-tuple-element":
+            i, index = scope[i.operands[0]], int(i.attribute(r"\bindex=(\d+)") or 0)
+            if i.op == "parameter" and arguments is None:
+                return Counter({index: 1})
         if i.op == "constant":
-            return _Linear(None, int(i.arguments)) if re.fullmatch(r"-?\d+", i.arguments) else None
+            return Counter({_CONSTANT: int(i.arguments)}) if re.fullmatch(r"-?\d+", i.arguments) else None
         if i.op == "parameter":
             return arguments[int(i.arguments)] if arguments is not None else None
-        if i.op == "get-tuple-element":
-            index, source = int(i.attribute(r"\bindex=(\d+)") or 0), scope[i.operands[0]]
-            if source.op == "parameter" and arguments is None:
-                return _Linear(index, 0)
-            return self._trace_fusion(scope, source, index, arguments)
-        if i.op in ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done"):
-            return self._trace(scope, i.operands[0], arguments)
-        if i.op == "add":
-            a, b = (self._trace(scope, operand, arguments) for operand in i.operands)
-            if a is None or b is None or None not in (a.element, b.element):
-                return None
-            return _Linear(b.element if a.element is None else a.element, a.constant + b.constant)
-        return self._trace_fusion(scope, i, 0, arguments)
-
-    def _trace_fusion(
-        self, scope: Computation, i: Instruction, index: int, arguments: Sequence[_Linear | None] | None
-    ) -> _Linear | None:
-        """`_trace` for result `index` of a fusion."""
-        if i.op != "fusion":
+        if i.op not in ("fusion", *_SUMS):
             return None
-        fused = self.computations[i.computation("calls")]
-        given = [self._trace(scope, operand, arguments) for operand in i.operands]
-        return self._trace(fused, fused.results[index].name, given) if index < len(fused.results) else None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Linear:
-    """`constant`, plus element `element` of a loop's state unless that is None."""
-
-    element: int | None
-    constant: int
+        given = [self._sum(scope, operand, arguments) for operand in i.operands]
+        if i.op == "fusion":
+            fused = self.called(i)
+            return self._sum(fused, fused.results[index].name, given) if index < len(fused.results) else None
+        total: _Sum = Counter()
+        for part in given:
+            if part is None:
+                return None
+            total.update(part)
+        return total
 
 
 def read_program(text: str) -> Program:
@@ -260,30 +249,16 @@ def read_program(text: str) -> Program:
       ValueError: the text has no entry computation.
     """
     computations: dict[str, Computation] = {}
-    entry, current = "", Computation()
-    pieces: list[str] = []  # lines of the current instruction: attributes may contain line breaks
-
-    def finish() -> None:
-        line = "\n".join(pieces)
-        pieces.clear()
-        found = _INSTRUCTION.match(line)
-        if found:
-            root, name, kind, op = found.groups()
-            arguments, _, attributes = line[found.end() :].partition(")")
-            operands = tuple(_NAME.findall(arguments))
-            current[name] = Instruction(name, op, kind, operands, arguments, attributes, bool(root))
-
-    for line in text.splitlines():
-        if line.startswith(("  %", "  ROOT %")):
-            finish()
-            pieces.append(line)
-        elif header := _HEADER.match(line):
-            finish()
+    entry = ""
+    for piece in _BREAK.split(text):
+        if header := _HEADER.match(piece):
             current = computations[header[2]] = Computation()
             entry = header[2] if header[1] else entry
-        elif pieces:
-            pieces.append(line)
-    finish()
+        elif found := _INSTRUCTION.match(piece):
+            root, name, kind, op = found.groups()
+            arguments, _, attributes = piece[found.end() :].partition(")")
+            operands = tuple(_NAME.findall(arguments))
+            current[name] = Instruction(name, op, kind, operands, arguments, attributes, bool(root))
     if not entry:
         raise ValueError("text: it has no ENTRY computation; pass the text of a compiled program")
     partitions = re.search(r"\bnum_partitions=(\d+)", text[: text.index("\n")])
@@ -301,15 +276,7 @@ def _ints(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(",") if number)
 
 
-def _strides(sizes: Sequence[int]) -> list[int]:
-    """The strides of a row-major array."""
-    return [math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
-
-
-def _iota(sizes: str, order: str | None) -> list[int]:
+def _iota(sizes: str, order: str | None) -> np.ndarray:
     """range(n) reshaped to `sizes`, transposed to `order`, flattened."""
     shape = _ints(sizes)
-    strides = _strides(shape)
-    axes = _ints(order) if order else range(len(shape))
-    steps = (range(0, shape[axis] * strides[axis], strides[axis]) for axis in axes)
-    return [sum(offsets) for offsets in itertools.product(*steps)]
+    return np.arange(math.prod(shape)).reshape(shape).transpose(_ints(order or "") or range(len(shape))).ravel()

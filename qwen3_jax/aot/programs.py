@@ -44,11 +44,11 @@ class DecodeConfig:
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise ValueError(f"batch: {self.batch}; use a number >= 1")
-        if self.context < 2 or self.context % 2:
-            raise ValueError(f"context: {self.context}; use an even number >= 2")
-        if self.context > self.model.max_position_embeddings:
-            longest = self.model.max_position_embeddings
-            raise ValueError(f"context: {self.context}; use at most max_position_embeddings ({longest})")
+        longest = self.model.max_position_embeddings
+        if not 2 <= self.context <= longest or self.context % 2:
+            raise ValueError(
+                f"context: {self.context}; use an even number >= 2, at most max_position_embeddings ({longest})"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,9 +216,8 @@ def _experts_in_use(config: DecodeConfig, takes: StepShapes, draws: int = 1000) 
     total = 0
     for _ in range(draws):
         order = rng.random((config.batch, model.num_experts)).argpartition(model.num_experts_per_tok, axis=-1)
-        used = np.zeros(model.num_experts, bool)
-        used[order[:, : model.num_experts_per_tok]] = True
-        total += used.reshape(chips, -1).sum(axis=-1).max()
+        uses = np.bincount(order[:, : model.num_experts_per_tok].ravel(), minlength=model.num_experts)
+        total += (uses > 0).reshape(chips, -1).sum(axis=-1).max()
     return total / draws
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
@@ -24,7 +23,6 @@ _COSTLIEST = 6
 _SCAFFOLD = re.compile(
     r"closed_call|checkpoint|rematted_computation|while|body|cond|branch_\d+_fun|shard_map|layers?_[\d_]+|dot_general"
 )
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _ADVICE = {
     "parameters": "use more chips along mesh.fsdp (or mesh.tensor)",
     "optimizer": "use more chips along mesh.fsdp (or mesh.data)",
@@ -86,55 +84,44 @@ class Report:
     def tokens_per_second(self) -> float | None:
         return self.step_s and self.tokens / self.step_s
 
-    @property
-    def seconds_per_token(self) -> float:
-        """Seconds of one chip; infinite if the compiler refused the program."""
-        return self.step_s * self.chips / self.tokens if self.step_s else math.inf
-
     def dollars_per_billion_tokens(self, price: float) -> float | None:
         """`price`: dollars per chip and hour."""
         return self.tokens_per_second and self.chips * price / 3600 * 1e9 / self.tokens_per_second
 
     def to_json(self, price: float | None = None) -> dict[str, Any]:
         """All fields and derived figures."""
-        derived = {"fits": self.fits, "hbm_bytes": self.hbm_bytes, "mfu": self.mfu}
-        derived["tokens_per_second"] = self.tokens_per_second
+        derived = {name: getattr(self, name) for name in ("fits", "hbm_bytes", "mfu", "tokens_per_second")}
         if price is not None:
             derived["dollars_per_billion_tokens"] = self.dollars_per_billion_tokens(price)
         return dataclasses.asdict(self) | derived
 
 
-def compile_report(work: Work, topology: str, keep_text: Callable[[str], None] | None = None) -> Report:
+def compile_report(work: Work, topology: str) -> tuple[Report, str]:
     """Compiles a program and reads its schedule.
 
-    Args:
-      keep_text: called with the scheduled HLO.
+    Returns:
+      The report, and the scheduled HLO; that is empty if the compiler refused the program.
     """
-    chip, mesh = find_chip(topology), work.mesh
+    chip, mesh, held = find_chip(topology), work.mesh, work.held
     start = time.perf_counter()
-    compiled, refusal = None, ""
     lowered = work.lower()
+    compiled = None
     try:
         compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        refusal = str(error)
-        if "RESOURCE_EXHAUSTED" not in refusal:
-            raise
-    held = work.held
-    if compiled is None:
-        total = refused_bytes(refusal, sum(held.values()) - work.elsewhere)
-    else:
         stats = compiled.memory_analysis()
         assert stats is not None
         total = stats.peak_memory_in_bytes + stats.generated_code_size_in_bytes
-    total += work.elsewhere
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        total = refused_bytes(str(error), sum(held.values()) - work.elsewhere)
     report = Report(
         what=work.what,
         topology=topology,
         mesh={axis: size for axis, size in mesh.shape.items() if size > 1},
         chips=mesh.size,
         chip=chip.name,
-        hbm=held | {_TEMPORARIES: max(total - sum(held.values()), 0.0)},
+        hbm=held | {_TEMPORARIES: max(total + work.elsewhere - sum(held.values()), 0.0)},
         capacity=chip.hbm_bytes,
         tokens=work.tokens,
         compile_s=time.perf_counter() - start,
@@ -145,28 +132,22 @@ def compile_report(work: Work, topology: str, keep_text: Callable[[str], None] |
     )
     text = compiled and compiled.as_text()
     if not text:
-        return report
-    if keep_text is not None:
-        keep_text(text)
-    return dataclasses.replace(report, **_read(text, work, chip))
+        return report, ""
+    return dataclasses.replace(report, **_read(text, work, chip)), text
 
 
 def _read(text: str, work: Work, chip: Chip) -> dict[str, Any]:
     """The fields of a report that come from the schedule."""
-    program = read_program(text)
-    devices: Any = work.mesh.devices.flat
-    cost_at = functools.partial(
-        read_cost,
-        program,
-        chip,
-        [device.coords for device in devices],
-        computation=costliest_loop(program) if work.is_loop else None,
-        unknown_trips=work.unknown_trips,
-    )
-    cost = cost_at()
+    program, devices = read_program(text), work.mesh.devices.flat
+    options: dict[str, Any] = {
+        "coords": [device.coords for device in devices],
+        "computation": costliest_loop(program) if work.is_loop else None,
+        "unknown_trips": work.unknown_trips,
+    }
+    cost = read_cost(program, chip, **options)
     return {
         "step_s": cost.step_s,
-        "slow_step_s": cost_at(kernel_share=_KERNEL_SHARE).step_s,
+        "slow_step_s": read_cost(program, chip, **options, kernel_share=_KERNEL_SHARE).step_s,
         "seconds": {
             "matrix products": cost.seconds("matmul"),
             "kernels": cost.seconds("kernel"),
@@ -183,22 +164,13 @@ def _costliest(operations: Iterable[Operation]) -> tuple[dict[str, Any], ...]:
     """The operations that take longest. Equal operations of unrolled layers and of rematerialisation are summed."""
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for o in operations:
-        collective = o.kind == "collective"
-        names = {
-            "kind": o.op if collective else o.kind,
-            "shape": _short(o.shape),
-            "source": _source(o.op_name),
-        }
+        kind, seconds = (o.op, o.exposed_s) if o.kind == "collective" else (o.kind, o.seconds)
+        array = re.search(r"\w+\[[\d,]*\]", o.shape)  # without its layout; of a tuple, the first element
+        names = {"kind": kind, "shape": array[0] if array else o.shape, "source": _source(o.op_name)}
         row = rows.setdefault(tuple(names.values()), {"seconds": 0.0, "count": 0.0} | names)
-        row["seconds"] += o.exposed_s if collective else o.seconds
+        row["seconds"] += seconds
         row["count"] += o.count
     return tuple(sorted(rows.values(), key=lambda row: -row["seconds"])[:_COSTLIEST])
-
-
-def _short(shape: str) -> str:
-    """A type without its layout; of a tuple, the first element."""
-    found = re.search(r"\w+\[[\d,]*\]", shape)
-    return found[0] if found else shape
 
 
 def _source(op_name: str) -> str:
@@ -210,10 +182,10 @@ def _source(op_name: str) -> str:
 def refused_bytes(message: str, held: float) -> float:
     """HBM bytes per chip according to the compiler's refusal; infinite if it does not say."""
     used = re.search(r"Used ([\d.]+)([KMGT])i?B? of", message)
-    temporaries = re.search(r"HLO temporaries \(([\d.]+)([KMGT])", message)
-    if used:
-        return float(used[1]) * _UNITS[used[2]]
-    return held + float(temporaries[1]) * _UNITS[temporaries[2]] if temporaries else math.inf
+    size = used or re.search(r"HLO temporaries \(([\d.]+)([KMGT])", message)
+    if size is None:
+        return math.inf
+    return float(size[1]) * 2 ** (10 * " KMGT".index(size[2])) + (0 if used else held)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -231,18 +203,17 @@ def page(report: Report, price: float | None = None) -> str:
         *_memory(report),
     ]
     if report.step_s is not None:
-        lines += ["", *_estimate(report, price), "", *_tables(report), "", *_CAVEATS]
+        lines += ["", *_estimate(report, price), "", *_tables(report), "", _CAVEATS]
     return "\n".join(lines)
 
 
-_CAVEATS = (
-    "Matrix products take the compiler's estimated cycles, kernels their roofline, collectives their bytes over the",
-    "links of their torus axes, everything else its bytes at HBM's bandwidth. A collective is exposed while nothing",
-    "runs beside it, waiting for the links included. A step takes at least the time of its HBM bytes. Loops count as",
-    "often as they run. Not counted: launches, transfers to hosts and between slices, gathers and sorts slower than",
-    "HBM, imbalance. The estimate tends to be too low (a published step took 1.6 times its estimate): compare it only",
-    "with other estimates.",
-)
+_CAVEATS = """\
+Matrix products take the compiler's estimated cycles, kernels their roofline, collectives their bytes over the
+links of their torus axes, everything else its bytes at HBM's bandwidth. A collective is exposed while nothing
+runs beside it, waiting for the links included. A step takes at least the time of its HBM bytes. Loops count as
+often as they run. Not counted: launches, transfers to hosts and between slices, gathers and sorts slower than
+HBM, imbalance. The estimate tends to be too low (a published step took 1.6 times its estimate): compare it only
+with other estimates."""
 
 
 def _memory(report: Report) -> list[str]:
@@ -260,35 +231,35 @@ def _memory(report: Report) -> list[str]:
 def _estimate(report: Report, price: float | None) -> list[str]:
     assert report.step_s is not None
     assert report.slow_step_s is not None
-    lines = [f"estimated step                  {_time(report.step_s):>10}"]
-    if report.seconds["kernels"]:
-        lines[0] += f"   ({_time(report.slow_step_s)} with kernels at {_KERNEL_SHARE:.0%} of their roofline)"
+    slow = f"({_time(report.slow_step_s)} with kernels at {_KERNEL_SHARE:.0%} of their roofline)"
+    lines = [_line("estimated step", _time(report.step_s), slow if report.seconds["kernels"] else "")]
     if report.floor_s:
-        ratio = report.step_s / report.floor_s
-        lines.append(f"  floor of memory bandwidth     {_time(report.floor_s):>10}   x {ratio:.2f}")
+        ratio = f"x {report.step_s / report.floor_s:.2f}"
+        lines.append(_line("  floor of memory bandwidth", _time(report.floor_s), ratio))
     else:
-        lines.append(f"  MFU                           {report.mfu:>10.1%}")
-    rate = report.tokens_per_second
-    lines.append(f"  tokens/s                      {rate:>10,.0f}   {(rate or 0) / report.chips:,.1f} per chip")
+        lines.append(_line("  MFU", f"{report.mfu:.1%}"))
+    rate = report.tokens_per_second or 0
+    lines.append(_line("  tokens/s", f"{rate:,.0f}", f"{rate / report.chips:,.1f} per chip"))
     if price is not None:
         cost = report.dollars_per_billion_tokens(price)
-        lines.append(f"  $ per 10^9 tokens             {cost:>10,.2f}   at ${price:g} per chip and hour")
+        lines.append(_line("  $ per 10^9 tokens", f"{cost:,.2f}", f"at ${price:g} per chip and hour"))
     return lines
 
 
 def _tables(report: Report) -> list[str]:
-    work = report.work
-    amounts = {
-        "matrix products": f"{work['matrix products']:.3g} FLOPs",
-        "kernels": f"{work['kernels']:.3g} FLOPs",
+    notes = {
+        "matrix products": f"{report.work['matrix products']:.3g} FLOPs",
+        "kernels": f"{report.work['kernels']:.3g} FLOPs",
         "other": "at HBM's bandwidth",
         "collectives": "not hidden",
+        "waiting for HBM": f"{report.work['hbm'] / 1e9:,.1f} GB, asynchronous copies included",
     }
-    lines = ["per chip and step                     time"]
-    lines += [f"  {kind:28}{_time(spent):>12}   {amounts[kind]}" for kind, spent in report.seconds.items()]
-    traffic = f"{work['hbm'] / 1e9:,.1f} GB, asynchronous copies included"
     waiting = max((report.step_s or 0.0) - sum(report.seconds.values()), 0.0)
-    lines.append(f"  {'waiting for HBM':28}{_time(waiting):>12}   {traffic}")
+    seconds = report.seconds | {"waiting for HBM": waiting}
+    lines = [
+        _line("per chip and step", "time"),
+        *(_line(f"  {kind}", _time(seconds[kind]), notes[kind]) for kind in notes),
+    ]
     if report.collectives:
         lines += ["", "collectives             devices   count        GB        time     exposed"]
     for c in report.collectives:
@@ -299,6 +270,10 @@ def _tables(report: Report) -> list[str]:
     for o in report.costliest:
         lines.append(f"  {o['kind']:20}{o['count']:8,.0f}{_time(o['seconds']):>12}   {o['shape']}  {o['source']}")
     return lines
+
+
+def _line(name: str, value: str, note: str = "") -> str:
+    return f"{name:32}{value:>10}   {note}".rstrip()
 
 
 def _time(seconds: float) -> str:

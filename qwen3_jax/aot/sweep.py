@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import functools
 import hashlib
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,10 @@ import jax
 
 import qwen3_jax
 import sharding
-from qwen3_jax.aot.programs import Work, decode_step, prefill, train_step, use_compiler
+from qwen3_jax.aot.programs import decode_step, prefill, train_step, use_compiler
 from qwen3_jax.aot.report import Report, compile_report
 
-_PROGRAMS: dict[str, Callable[[Any], Work]] = {
-    "train_step": train_step,
-    "prefill": prefill,
-    "decode_step": decode_step,
-}
+_PROGRAMS = {program.__name__: program for program in (train_step, prefill, decode_step)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,40 +52,32 @@ def run_jobs(jobs: Sequence[Job], hlo_dir: Path | None = None) -> Iterator[Repor
             yield Report(**json.loads(kept.read_text()))
             continue
         with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+            outcome: Report | str
             try:
-                report = pool.submit(_run, job, hlo_dir).result()
+                outcome = pool.submit(_run, job, hlo_dir, kept).result()
             except ValueError as error:
-                yield str(error)
-                continue
+                outcome = str(error)
             except concurrent.futures.process.BrokenProcessPool:
-                yield "the compiler crashed, or ran out of this machine's memory"
-                continue
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(dataclasses.asdict(report)))
-        yield report
+                outcome = "the compiler crashed, or ran out of this machine's memory"
+        yield outcome
 
 
-def _run(job: Job, hlo_dir: Path | None) -> Report:
+def _run(job: Job, hlo_dir: Path | None, kept: Path) -> Report:
     use_compiler()
-    work = _PROGRAMS[job.program](job.config)
-
-    def keep_text(text: str) -> None:
-        if hlo_dir is not None:
-            hlo_dir.mkdir(parents=True, exist_ok=True)
-            (hlo_dir / f"{job.program}-{_key(job)[:8]}.hlo").write_text(text)
-
-    return compile_report(work, job.config.mesh.topology, keep_text)
+    program: Any = _PROGRAMS[job.program]
+    report, text = compile_report(program(job.config), job.config.mesh.topology)
+    if hlo_dir is not None and text:
+        hlo_dir.mkdir(parents=True, exist_ok=True)
+        (hlo_dir / f"{job.program}-{_key(job)[:8]}.hlo").write_text(text)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(dataclasses.asdict(report)))
+    return report
 
 
 def _key(job: Job) -> str:
     """A hash of everything that a report depends on."""
-    made_by = jax.__version__, version("libtpu"), _sources()
-    return hashlib.sha256(repr((job.program, job.config, made_by)).encode()).hexdigest()
-
-
-@functools.cache
-def _sources() -> str:
-    digest = hashlib.sha256()
+    made_by = jax.__version__, version("libtpu")
+    digest = hashlib.sha256(repr((job.program, job.config, made_by)).encode())
     for package in (qwen3_jax, sharding):
         for path in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
             digest.update(path.read_bytes())

@@ -17,12 +17,12 @@ def one_run(text: str) -> epath.Path:
     inside = path.iterdir() if path.is_dir() and not holds_weights else ()
     stages = sorted(str(stage) for stage in inside if (stage / CHECKPOINTS).is_dir())
     if stages:
-        raise argparse.ArgumentTypeError(f"{text!r} holds the stages of a plan; one of {', '.join(stages)} fits")
+        raise argparse.ArgumentTypeError(f"{text!r} holds the stages of a plan; use one of {', '.join(stages)}")
     return path
 
 
 def on_disk(text: str) -> Path:
     """A path on a disk, not in a bucket."""
     if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text!r}; a path on a disk fits")
+        raise argparse.ArgumentTypeError(f"{text!r}; use a path on a disk")
     return Path(text)

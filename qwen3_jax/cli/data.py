@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 
 from qwen3_jax.cli.arguments import one_run
 from qwen3_jax.data.catalogue import Consumption, consumption, plot_consumption
@@ -65,21 +65,18 @@ def _check(args: argparse.Namespace) -> None:
     sources = [DocumentSource([path], "sources") for path in args.sources]
     table = Table("", "documents", "exact", "near", "overlap", box=None)
     findings: list[Finding] = []
-    with Progress(*Progress.get_default_columns(), console=Console(stderr=True)) as progress:
+    with Progress(console=Console(stderr=True)) as progress:
         for path, source in zip(args.sources, sources, strict=True):
-            task = progress.add_task(path, total=len(source))
             kinds: Counter[str] = Counter()
-            for document in source:
+            for document in progress.track(source, description=path):
                 finding = checker.check(document)
-                progress.advance(task)
                 if finding is not None:
                     kinds[finding.kind] += 1
                     findings.append(finding)
                     if args.json:
                         print(json.dumps(finding.to_json(), ensure_ascii=False))
-            table.add_row(
-                path, *(f"{count:,}" for count in (len(source), kinds["exact"], kinds["near"], kinds["overlap"]))
-            )
+            counts = (len(source), kinds["exact"], kinds["near"], kinds["overlap"])
+            table.add_row(path, *(f"{count:,}" for count in counts))
     console = Console(highlight=False, stderr=args.json)
     console.print(table)
     if checker.num_too_short:
@@ -92,11 +89,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _table(consumed: Consumption) -> Table:
-    table = Table(box=None)
-    for title, side in (("", "left"), ("", "left"), ("tokens", "right"), ("share", "right")):
-        table.add_column(title, justify=side)  # type: ignore[arg-type]
-    for title in ("in the loss", "documents", "epochs"):
-        table.add_column(title, justify="right")
+    numbers = ("tokens", "share", "in the loss", "documents", "epochs")
+    table = Table("", "", *(Column(title, justify="right") for title in numbers), box=None)
     for kind, values in consumed.shares.items():
         total = sum(counts.tokens for counts in values.values())
         for number, (value, counts) in enumerate(sorted(values.items(), key=lambda item: -item[1].tokens)):

@@ -29,28 +29,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Decodes on a thinking budget. Sampling settings default to Qwen3's own, by mode."""
     args = _parser().parse_args(argv)
     if (args.input is None) != (args.output is None):
-        raise ValueError("--input, --output: one without the other; both or neither fit")
+        raise ValueError("--input, --output: one without the other; use both or neither")
     for name, given in (("--stream", args.stream), ("--json", args.json)):
         if given and args.prompt is None:
-            raise ValueError(f"{name}: with --input; --prompt fits")
+            raise ValueError(f"{name}: with --input; use --prompt")
     if args.stream and args.json:
-        raise ValueError("--stream, --json: both; one of them fits")
+        raise ValueError("--stream, --json: both; use one of them")
     for name, value in (("--auto-threshold", args.auto_threshold), ("--auto-cap", args.auto_cap)):
         if value is not None and args.thinking_budget != "auto":
-            raise ValueError(f"{name}: {value}; with --thinking-budget auto it fits")
+            raise ValueError(f"{name}: {value}; use --thinking-budget auto with it")
     for name, value in (("--batch-size", args.batch_size), ("--samples", args.samples)):
         if value < 1:
-            raise ValueError(f"{name}: {value}; a number >= 1 fits")
+            raise ValueError(f"{name}: {value}; use a number >= 1")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "qwen3-jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     start_processes()
 
-    defaults = {name: getattr(args, name) for name in (*SETTINGS, "stop") if getattr(args, name) is not None}
-    if args.no_thinking:
-        defaults["enable_thinking"] = False
-    if args.mode_by_query:
-        defaults["mode_by_query"] = True
+    names = (*SETTINGS, "stop", "enable_thinking", "mode_by_query")
+    defaults = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     mesh = args.mesh and _mesh(args.mesh)
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         engine = Engine.load(args.model, dtype=args.dtype, mesh=mesh)
@@ -87,14 +84,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mesh", type=Path, help="YAML of mesh axes; rows, weights and cache are sharded over them")
 
     thinking = parser.add_argument_group("thinking")
-    thinking.add_argument("--no-thinking", action="store_true", help="put the empty thought into the prompt")
+    thinking.add_argument(
+        "--no-thinking", dest="enable_thinking", action="store_false", help="put the empty thought into the prompt"
+    )
     thinking.add_argument(
         "--mode-by-query", action="store_true", help="turn thinking off for questions that look something up"
     )
     settings = parser.add_argument_group("settings, also fields of a record; sampling defaults to Qwen3's own, by mode")
     for name, help_text in SETTINGS.items():
         settings.add_argument(f"--{name.replace('_', '-')}", type=_number, help=help_text)
-    settings.set_defaults(max_new_tokens=1024)
+    parser.set_defaults(max_new_tokens=1024, enable_thinking=None, mode_by_query=None)
     settings.add_argument("--stop", action="append", help="text that ends the answer; may be given several times")
 
     one = parser.add_argument_group("with --prompt")
@@ -132,7 +131,7 @@ def _file(engine: Engine, args: argparse.Namespace, defaults: dict[str, object],
     output = args.output if parts == 1 else args.output.with_name(f"{args.output.name}-{part:05d}-of-{parts:05d}")
     row_parts = num_parts("attention_batch")
     if args.batch_size % row_parts:
-        raise ValueError(f"--batch-size: {args.batch_size}; a multiple of the mesh's {row_parts} parts fits")
+        raise ValueError(f"--batch-size: {args.batch_size}; use a multiple of the mesh's {row_parts} parts")
     settings = {**defaults, "model": str(args.model.resolve()), "dtype": args.dtype, "logprobs": args.logprobs}
     console = Console(stderr=True, quiet=not writes)
     with file_progress(console) as report:

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
             elif not args.sweep:
                 print(page(outcome, args.price) + "\n", flush=True)
     # The fastest first, those that do not fit last.
-    reports.sort(key=lambda found: (not found[1].fits, found[1].seconds_per_token))
+    reports.sort(key=lambda found: (not found[1].fits, -(found[1].tokens_per_second or 0) / found[1].chips))
     if args.sweep and not args.json:
         print(_table(reports, args.price))
     if args.plot:
@@ -90,16 +90,16 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("stage", "model", "mesh", "batch", "context"):
         other = "config" if name == "stage" else "infer"
         if getattr(args, name) is not None and not getattr(args, other):
-            raise ValueError(f"--{name}: {getattr(args, name)}; with --{other} it fits")
+            raise ValueError(f"--{name}: {getattr(args, name)}; use --{other} with it")
     if args.infer and args.model is None:
-        raise ValueError("--model: none; a size of configs/model, such as qwen3-8b, fits")
+        raise ValueError("--model: none; use a size of configs/model, such as qwen3-8b")
     if args.plot and not args.sweep:
-        raise ValueError(f"--plot: {args.plot}; with --sweep it fits")
+        raise ValueError(f"--plot: {args.plot}; use --sweep with it")
     if args.price is not None and not 0 <= args.price < math.inf:
-        raise ValueError(f"--price: {args.price}; a number >= 0 fits")
+        raise ValueError(f"--price: {args.price}; use a number >= 0")
     for key, *values in args.sweep:
         if not values:
-            raise ValueError(f"--sweep {key}: no values; --sweep KEY VALUE [VALUE ...] fits")
+            raise ValueError(f"--sweep {key}: no values; use --sweep KEY VALUE [VALUE ...]")
 
 
 def _jobs(args: argparse.Namespace) -> list[Job]:
@@ -123,7 +123,7 @@ def _train_config(args: argparse.Namespace, words: list[str]) -> TrainConfig:
         return load_config(TrainConfig, args.config, words)
     stage = args.stage or next(iter(stages))
     if stage not in stages:
-        raise ValueError(f"--stage: {stage!r}; {' or '.join(stages) or 'a plan of stages'} fits")
+        raise ValueError(f"--stage: {stage!r}; use {' or '.join(stages) or 'a plan of stages'}")
     return stages[stage]
 
 
@@ -147,12 +147,12 @@ def _table(reports: list[tuple[Job, Report]], price: float | None) -> str:
     if price is not None:
         lines[0] += "    $ per 10^9 tokens"
     for job, report in reports:
-        rate = f"{report.tokens_per_second / report.chips:13,.1f}" if report.tokens_per_second else f"{'':13}"
-        mfu = f"{report.mfu:6.1%}" if report.mfu else f"{'':6}"
-        step = f"{report.step_s * 1e3:8,.1f} ms" if report.step_s else f"{'':11}"
+        speed, cost = f"{'':33}", ""
+        if report.step_s is not None:
+            rate = (report.tokens_per_second or 0) / report.chips
+            speed = f"{report.step_s * 1e3:8,.1f} ms  {rate:13,.1f} {report.mfu:6.1%}"
+        if report.step_s is not None and price is not None:
+            cost = f"{report.dollars_per_billion_tokens(price):21,.2f}"
         hbm = f"{report.hbm_bytes / 2**30:7.1f}" + ("" if report.fits else f" of {report.capacity / 2**30:.0f}")
-        cost = report.dollars_per_billion_tokens(price) if price is not None else None
-        lines.append(
-            f"{job.label:{width}}  {job.program:11}{step}  {rate} {mfu}  {hbm}" + (f"{cost:21,.2f}" if cost else "")
-        )
+        lines.append(f"{job.label:{width}}  {job.program:11}{speed}  {hbm}{cost}")
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,8 +17,15 @@ from qwen3_jax.serve.files import Tally
 _SECONDS_PER_LINE = 30
 
 
-def bar(console: Console, label: str = "decoded") -> Progress:
-    """A progress bar with a label; its tasks have a field `status`."""
+@contextmanager
+def bar(console: Console, label: str, status: str = "", total: int | None = None) -> Iterator[Callable[..., None]]:
+    """A progress bar, and its `update(completed=, total=, status=)`."""
+    progress, update = _bar(console, label, status, total)
+    with progress:
+        yield update
+
+
+def _bar(console: Console, label: str, status: str, total: int | None) -> tuple[Progress, Callable[..., None]]:
     columns = (
         TextColumn(label),
         MofNCompleteColumn(),
@@ -27,19 +35,19 @@ def bar(console: Console, label: str = "decoded") -> Progress:
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console)
+    progress = Progress(*columns, console=console)
+    return progress, functools.partial(progress.update, progress.add_task("", total=total, status=status))
 
 
 @contextmanager
 def decoding_progress(console: Console) -> Iterator[Callable[[int, int, int], None]]:
     """A bar for one batch, fed by `report(rows done, rows, tokens written)`."""
     start = time.perf_counter()
-    with bar(console) as progress:
-        task = progress.add_task("", total=None, status="compiling")
+    with bar(console, "decoded", "compiling") as update:
 
         def report(done: int, total: int, tokens: int) -> None:
             rate = tokens / (time.perf_counter() - start)
-            progress.update(task, completed=done, total=total, status=f"{tokens:,} tokens, {rate:,.0f} tokens/s")
+            update(completed=done, total=total, status=f"{tokens:,} tokens, {rate:,.0f} tokens/s")
 
         yield report
 
@@ -47,15 +55,14 @@ def decoding_progress(console: Console) -> Iterator[Callable[[int, int, int], No
 @contextmanager
 def file_progress(console: Console) -> Iterator[Callable[[Tally], None]]:
     """A bar for a file of prompts, and below it what the rows do; without a terminal a line now and then."""
-    progress, status = bar(console), Text("reading", style="dim")
-    task = progress.add_task("", total=None, status="")
+    (progress, update), status = _bar(console, "decoded", "", None), Text("reading", style="dim")
     told = time.perf_counter()
     with Live(Group(progress, status), console=console) if console.is_terminal else nullcontext():
 
         def report(tally: Tally) -> None:
             nonlocal told
             done = tally.resumed + tally.done
-            progress.update(task, completed=done, total=tally.samples)
+            update(completed=done, total=tally.samples)
             status.plain = (
                 f"{tally.tokens:,} tokens, {tally.tokens_per_second:,.0f}/s, {tally.thinking_share:.0%} thinking, "
                 f"{tally.thinking_ends['budget']} cut, {tally.slot_utilisation:.0%} of slots in use"
@@ -70,15 +77,15 @@ def file_progress(console: Console) -> Iterator[Callable[[Tally], None]]:
 @contextmanager
 def planning_progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
     """A bar of programs compiled; `begin(what)` as each begins. Without a terminal a line for each."""
-    with bar(console, "compiled") as progress:
-        task, begun = progress.add_task("", total=total, status=""), 0
+    with bar(console, "compiled", total=total) as update:
+        begun = 0
 
         def begin(what: str) -> None:
             nonlocal begun
-            progress.update(task, completed=begun, status=what, refresh=True)
+            update(completed=begun, status=what, refresh=True)
             begun += 1
             if not console.is_terminal:
                 console.print(f"compiling {begun}/{total} {what}", highlight=False, markup=False, soft_wrap=True)
 
         yield begin
-        progress.update(task, completed=total)
+        update(completed=total)

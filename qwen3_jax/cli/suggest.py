@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints the suggestion."""
     if args.sequence_length < 1:
-        raise ValueError(f"--sequence-length: {args.sequence_length}; a number >= 1 fits")
+        raise ValueError(f"--sequence-length: {args.sequence_length}; use a number >= 1")
     weights = _number("--params", args.params) if args.model is None else _weights(args.model)
     tokens = _number("--tokens", args.tokens)
     rate, batch_tokens = step_law(weights, tokens)
@@ -63,7 +63,7 @@ def _number(name: str, text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise ValueError(f"{name}: {text!r}; a number above 0, as 440M or 30T or 3e13, fits")
+        raise ValueError(f"{name}: {text!r}; use a number above 0, as 440M or 30T or 3e13")
     return value
 
 

@@ -6,13 +6,11 @@ import argparse
 import os
 
 from rich.console import Console
-from rich.progress import Progress
 
 from qwen3_jax.cli.arguments import on_disk
 from qwen3_jax.cli.config_file import load_config, load_stages
 from qwen3_jax.cli.progress import bar
 from qwen3_jax.data import SourceConfig
-from qwen3_jax.data.counts import Counts
 from qwen3_jax.data.tokenize import DOCUMENTS_PER_SHARD, tokenize_source
 from qwen3_jax.train import TrainConfig
 
@@ -29,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     """Tokenises source after source."""
     for name in ("workers", "documents_per_shard"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: {getattr(args, name)}; a number >= 1 fits")
+            raise ValueError(f"--{name.replace('_', '-')}: {getattr(args, name)}; use a number >= 1")
     runs = load_stages(TrainConfig, args.config) or {"": load_config(TrainConfig, args.config)}
     sources: dict[str, tuple[SourceConfig, str]] = {}
     for stage, config in runs.items():
@@ -38,29 +36,29 @@ def run(args: argparse.Namespace) -> None:
             if (first.paths, tokenizer) != (source.paths, config.data.tokenizer):
                 raise ValueError(
                     f"stages.{stage}.data.sources.{source.name}: other paths or another tokenizer than an earlier "
-                    "stage; another name fits"
+                    "stage; use another name"
                 )
     console = Console(highlight=False)
     for source, tokenizer in sources.values():
-        with bar(console, source.name) as progress:
-            task = progress.add_task("", total=None, status="reading")
+        _tokenize(source, tokenizer, args, console)
 
-            def report(done: Counts, total: int, progress: Progress = progress, task: int = task) -> None:
-                status = f"{done.tokens:,} tokens"
-                progress.update(task, completed=done.documents, total=total, status=status)  # type: ignore[arg-type]
 
-            made = tokenize_source(
-                source,
-                tokenizer,
-                args.out / source.name,
-                workers=args.workers,
-                documents_per_shard=args.documents_per_shard,
-                progress=report,
-            )
-        directory = args.out / source.name
-        console.print(
-            f"{directory}: {made.documents:,} documents, {made.tokens:,} tokens, {made.loss_tokens:,} in the loss, "
-            f"{len(made.shards):,} shards; to train on them: paths: [{directory}/*.arrayrecord]",
-            soft_wrap=True,
-            markup=False,
+def _tokenize(source: SourceConfig, tokenizer: str, args: argparse.Namespace, console: Console) -> None:
+    directory = args.out / source.name
+    with bar(console, source.name, "reading") as update:
+        made = tokenize_source(
+            source,
+            tokenizer,
+            directory,
+            workers=args.workers,
+            documents_per_shard=args.documents_per_shard,
+            progress=lambda done, total: update(
+                completed=done.documents, total=total, status=f"{done.tokens:,} tokens"
+            ),
         )
+    console.print(
+        f"{directory}: {made.documents:,} documents, {made.tokens:,} tokens, {made.loss_tokens:,} in the loss, "
+        f"{len(made.shards):,} shards; to train on them: paths: [{directory}/*.arrayrecord]",
+        soft_wrap=True,
+        markup=False,
+    )

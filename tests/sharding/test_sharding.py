@@ -106,9 +106,7 @@ def test_key_value_heads_are_replicated_where_they_do_not_divide() -> None:
     mesh = make_mesh(MeshConfig(fsdp=1, tensor=8))
     assert partition_spec(("kv_heads", "head_dim", "embed"), mesh, (4, 16, 32)) == P(None, None, None)
     assert partition_spec(("heads", "head_dim", "embed"), mesh, (32, 16, 32)) == P(("tensor",), None, None)
-    with pytest.raises(
-        ValueError, match="tensor = 8 does not divide axis 'heads' of size 12; use 1, 2, 3, 4, 6 or 12"
-    ):
+    with pytest.raises(ValueError, match="tensor = 8 does not divide axis 'heads' of size 12; use 1, 2, 3, 4, 6 or 12"):
         partition_spec(("heads",), mesh, (12,))
 
 

@@ -527,7 +527,10 @@ def test_edge_59_after_a_non_thinking_turn_the_next_prompt_does_not_extend_the_i
         ([assistant("a", reasoning_content=1)], r"messages\[0\]\.reasoning_content: 1; use a string"),
         ([assistant("a", tool_calls=CALL)], r"messages\[0\]\.tool_calls: .*; use a list"),
         ([assistant("a", tool_calls=["f"])], r"messages\[0\]\.tool_calls\[0\]: 'f'; use an object with a function"),
-        ([assistant("a", tool_calls=[{"function": "f"}])], r"messages\[0\]\.tool_calls\[0\]: .* use an object with a function"),
+        (
+            [assistant("a", tool_calls=[{"function": "f"}])],
+            r"messages\[0\]\.tool_calls\[0\]: .* use an object with a function",
+        ),
         ([assistant("a", tool_calls=[CALL, {"arguments": {}}])], r"tool_calls\[1\]\.name: None; use a string"),
         ([assistant("a", tool_calls=[{"name": "f"}])], r"tool_calls\[0\]\.arguments: None; a JSON object, or its te"),
         ([assistant("a", tool_calls=[{"name": "f", "arguments": {"x": {1}}}])], r"arguments: .*; use a JSON object"),
