@@ -123,7 +123,7 @@ def test_a_file_of_mixed_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert {record["id"]: record["line"] for record in out if "error" not in record} == {"a": 1, "b": 3, "c": 6}
     errors = {record["line"]: record["error"] for record in out if "error" in record}
     assert errors[2] == "thinking_budget: 2.5; use a whole number >= -1 or 'auto'"
-    assert errors[4].startswith("budget: unknown field; one of id, messages, prompt")
+    assert errors[4].startswith("budget: unknown field; use one of id, messages, prompt")
     assert errors[5].startswith("not valid JSON")
     assert "tokens; use at most 511, one less than the context" in errors[7]
     assert errors[8] == 'id: "a" stands on line 1 too; use another one'

@@ -58,9 +58,9 @@ def test_it_says_where_the_law_is_stretched(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--params", "many", "--tokens", "1B"], "--params: 'many'; a number above 0"),
-        (["--params", "1B", "--tokens", "-1"], "--tokens: '-1'; a number above 0"),
-        (["--params", "1B", "--tokens", "infB"], "--tokens: 'infB'; a number above 0"),
+        (["--params", "many", "--tokens", "1B"], "--params: 'many'; use a number above 0"),
+        (["--params", "1B", "--tokens", "-1"], "--tokens: '-1'; use a number above 0"),
+        (["--params", "1B", "--tokens", "infB"], "--tokens: 'infB'; use a number above 0"),
         (["--params", "1B", "--tokens", "1B", "--sequence-length", "0"], "--sequence-length: 0; use a number >= 1"),
         (["--model", "qwen3-7b", "--tokens", "1B"], "model preset: 'qwen3-7b' is unknown"),
     ],

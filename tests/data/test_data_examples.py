@@ -175,7 +175,7 @@ MALFORMED = [
     (b'{"messages": [{"role": "assistant", "content": 1}]}', "content"),
     (b'{"messages": [{"role": "assistant", "content": "a"}], "tools": null}', "tools: None; use a list"),
     (b'{"messages": [{"role": "assistant", "content": "a"}], "no_loss": "a"}', "no_loss: 'a'; use a list"),
-    (b'{"messages": [{"role": "assistant", "content": "a"}], "no_loss": [""]}', "no_loss: ['']; strings"),
+    (b'{"messages": [{"role": "assistant", "content": "a"}], "no_loss": [""]}', "no_loss: ['']; use strings"),
 ]
 
 

@@ -417,8 +417,8 @@ def test_counters_are_those_of_the_rows(folder: Path) -> None:
         ({"sources": (SourceConfig("a", ("a",)),) * 2}, "sources.name: 'a' occurs twice"),
         ({"sequence_length": 1}, "sequence_length: 1; use a number >= 2"),
         ({"batch_size": 0}, "batch_size: 0; use a number >= 1"),
-        ({"seed": -1}, "seed: -1; a number from 0"),
-        ({"seed": 2**32}, "seed: 4294967296; a number from 0"),
+        ({"seed": -1}, "seed: -1; use a number from 0"),
+        ({"seed": 2**32}, "seed: 4294967296; use a number from 0"),
         ({"workers": -1}, "workers: -1; use a number >= 0"),
     ],
 )
@@ -436,9 +436,9 @@ def test_config_errors_name_the_field(fields: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": ""}, "sources.name: ''; a name"),
+        ({"name": ""}, "sources.name: ''; use a name"),
         ({"paths": "a.jsonl"}, "sources.a.paths: 'a.jsonl'; use a list"),
-        ({"paths": ()}, r"sources.a.paths: \(\); a list of at least one"),
+        ({"paths": ()}, r"sources.a.paths: \(\); use a list of at least one"),
         ({"languages": "en"}, "sources.a.languages: 'en'; use a list"),
         ({"weight": 0}, "sources.a.weight: 0; use a number > 0"),
         ({"weight": float("nan")}, "sources.a.weight: nan; use a number > 0"),

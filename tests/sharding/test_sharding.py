@@ -31,7 +31,7 @@ from sharding import (
     ("sizes", "message"),
     [
         ({"data": 0}, r"mesh\.data: 0; use a number >= 1, or -1 .*"),
-        ({"tensor": -2}, r"mesh\.tensor: -2; a number >= 1"),
+        ({"tensor": -2}, r"mesh\.tensor: -2; use a number >= 1"),
         ({"data": -1, "fsdp": -1}, "at most one axis may be -1"),
     ],
 )

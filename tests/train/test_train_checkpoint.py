@@ -192,12 +192,12 @@ def test_a_bucket_with_one_slash_is_refused() -> None:
 
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"^output_dir: '.*file/out': Not a directory; a directory that can be"):
+    with pytest.raises(ValueError, match=r"^output_dir: '.*file/out': Not a directory; use a directory that can be"):
         check_writable(str(tmp_path / "file" / "out"))
     (tmp_path / "source").mkdir()
     mount(str(tmp_path / "source"), tmp_path / "readonly", "--bind", "-o", "ro")
     try:
-        with pytest.raises(ValueError, match=r"^output_dir: '.*readonly': Read-only file system; a directory"):
+        with pytest.raises(ValueError, match=r"^output_dir: '.*readonly': Read-only file system; use a directory"):
             check_writable(str(tmp_path / "readonly"))
     finally:
         unmount(tmp_path / "readonly")
