@@ -205,7 +205,7 @@ def _must_read(config: DecodeConfig, takes: StepShapes) -> float:
     return total
 
 
-def _experts_in_use(config: DecodeConfig, takes: StepShapes, draws: int = 1000) -> float:
+def _experts_in_use(config: DecodeConfig, takes: StepShapes) -> float:
     """Experts of one layer in use on the chip that has most of them, for which the other chips wait: the mean over
     random choices."""
     model = config.model
@@ -213,7 +213,7 @@ def _experts_in_use(config: DecodeConfig, takes: StepShapes, draws: int = 1000) 
         return 1.0
     table = takes.params[f"layer_{model.num_hidden_layers - 1}"]["mlp"]["down_proj"]
     rng, chips = np.random.default_rng(0), model.num_experts // table.sharding.shard_shape(table.shape)[0]
-    total = 0
+    draws, total = min(1000, max(2**22 // config.batch, 1)), 0  # a large batch needs few, and each takes long
     for _ in range(draws):
         order = rng.random((config.batch, model.num_experts)).argpartition(model.num_experts_per_tok, axis=-1)
         uses = np.bincount(order[:, : model.num_experts_per_tok].ravel(), minlength=model.num_experts)
