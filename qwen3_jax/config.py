@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ _NEUTRAL_KEYS = frozenset(
     """_attn_implementation _name_or_path add_cross_attention architectures attn_implementation auto_map
     chunk_size_feed_forward cross_attention_hidden_size dtype finetuning_task id2label is_decoder is_encoder_decoder
     label2id max_window_layers model_type name_or_path output_attentions output_hidden_states output_router_logits
-    prefix problem_type return_dict task_specific_params tokenizer_class torch_dtype transformers_version use_cache
-    use_return_dict""".split()
+    prefix problem_type return_dict task_specific_params tokenizer_class torch_dtype transformers_version unsloth_fixed
+    unsloth_version use_cache use_return_dict""".split()
 )
 # Keys that must have one of these values: any other value is a network that this project does not implement.
 _FIXED_VALUES: dict[str, tuple[Any, ...]] = {
@@ -31,6 +32,16 @@ _FIXED_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, None),
     "use_sliding_window": (False, None),
     "pruned_heads": ({}, None),
+    "qkv_bias": (False, None),
+    "mlp_bias": (False, None),
+    "use_qk_norm": (True, None),
+    "shared_expert_intermediate_size": (0, None),
+}
+# By the annotation of a field: the types of its values, and what to use instead of others.
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
 }
 _MOE_KEYS = frozenset(
     """num_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step mlp_only_layers
@@ -50,7 +61,8 @@ class RopeScaling:
     beta_slow: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
+        _check_kinds(self, "rope_scaling.")
+        if not self.factor >= 1:
             raise ValueError(f"rope_scaling.factor: {self.factor!r}; use a number >= 1")
 
     @classmethod
@@ -69,7 +81,7 @@ class RopeScaling:
         if missing:
             raise ValueError(f"{where}: YaRN needs {', '.join(sorted(missing))}; no default is used")
         given = {key: raw[key] for key in optional if raw.get(key) is not None}
-        return cls(float(raw["factor"]), int(raw["original_max_position_embeddings"]), **given)
+        return cls(raw["factor"], raw["original_max_position_embeddings"], **given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,17 +113,26 @@ class ModelConfig:
     mlp_only_layers: tuple[int, ...] = ()
     router_aux_loss_coef: float = 0.001
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mlp_only_layers", tuple(self.mlp_only_layers))
+        for name, alone, instead in (
+            ("mlp_only_layers", (), "a list of whole numbers"),
+            ("eos_token_id", (int, type(None)), "a whole number or a list of them"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple) and all(type(item) is int for item in value):
+                object.__setattr__(self, name, value[0] if len(value) == 1 and alone else tuple(value))
+            elif type(value) not in alone:
+                raise ValueError(f"{name}: {value!r}; use {instead}")
+        _check_kinds(self)
         positive = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
         positive += ["head_dim", "intermediate_size", "max_position_embeddings", "rope_theta", "decoder_sparse_step"]
         if self.num_experts:
             positive += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"]
         for name in positive:
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: {getattr(self, name)!r}; use a number > 0")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -186,24 +207,19 @@ class ModelConfig:
         for key, allowed in _FIXED_VALUES.items():
             if key in raw and raw[key] not in allowed:
                 raise ValueError(f"{key}: {raw[key]!r} is not supported; use {allowed[0]!r}")
-        if set(raw.get("layer_types") or ()) - {"full_attention"}:
+        layer_types = raw.get("layer_types") or []
+        if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
             raise ValueError(f"layer_types: {raw['layer_types']!r} is not supported; use all 'full_attention'")
+        if raw.get("quantization_config"):
+            raise ValueError("quantization_config: the weights are quantised; use bfloat16 weights without it")
 
-        fields: dict[str, Any] = {}
-        rope = dict(raw.get("rope_parameters") or {})
-        fields["rope_theta"] = raw.get("rope_theta", rope.get("rope_theta"))
-        if rope:
-            fields["rope_scaling"] = RopeScaling.from_hf(rope, "rope_parameters")
-        elif raw.get("rope_scaling"):
-            fields["rope_scaling"] = RopeScaling.from_hf(raw["rope_scaling"], "rope_scaling")
         moe = model_type == "qwen3_moe"
         names = {field.name for field in dataclasses.fields(cls)} - {"rope_theta", "rope_scaling"}
         names -= frozenset() if moe else _MOE_KEYS
-        aliases = {"num_local_experts": "num_experts"} if moe else {}
-        for key, value in raw.items():
-            name = aliases.get(key, key)
-            if name in names and value is not None:
-                fields[name] = value
+        fields = {name: raw[name] for name in names if raw.get(name) is not None}
+        fields["rope_theta"], fields["rope_scaling"] = _read_rope(raw)
+        if moe:
+            fields["num_experts"] = _agreed({name: raw.get(name) for name in ("num_experts", "num_local_experts")})
         required = """vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
             intermediate_size max_position_embeddings rope_theta rms_norm_eps tie_word_embeddings""".split()
         if moe:
@@ -214,12 +230,7 @@ class ModelConfig:
             raise ValueError(
                 f"config.json: {', '.join(missing)} missing; transformers' defaults are not Qwen3's values"
             )
-        eos = fields.get("eos_token_id")
-        if isinstance(eos, list):
-            if len(eos) != 1:
-                raise ValueError(f"eos_token_id: {eos!r}; use one id (further ones belong to generation_config.json)")
-            fields["eos_token_id"] = eos[0]
-        known = names | _NEUTRAL_KEYS | _FIXED_VALUES.keys() | aliases.keys()
+        known = names | _NEUTRAL_KEYS | _FIXED_VALUES.keys() | ({"num_local_experts"} if moe else set())
         known |= {"rope_theta", "rope_scaling", "rope_parameters", "layer_types", "sliding_window"}
         _refuse_unknown(raw, known, "config.json")
         return cls(**fields)
@@ -258,11 +269,50 @@ def presets_dir() -> Path:
 def _read_config_json(path: epath.Path) -> dict[str, Any]:
     path = path / "config.json" if path.is_dir() else path
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"model: {str(path)!r} does not exist; use a directory with a config.json") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: {raw!r:.60}; use a JSON object")
+    return raw
+
+
+def _read_rope(raw: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
+    """`rope_theta` and the scaling. Both have two places: the released files' keys, and `rope_parameters` of
+    transformers 5."""
+    thetas, scalings = {"rope_theta": raw.get("rope_theta")}, dict[str, Any]()
+    for name in ("rope_scaling", "rope_parameters"):
+        if (table := raw.get(name)) is not None:
+            if not isinstance(table, Mapping):
+                raise ValueError(f"{name}: {table!r}; use an object or null")
+            thetas[f"{name}.rope_theta"] = table.get("rope_theta")
+            scalings[name] = RopeScaling.from_hf(table, name) or "default"
+    scaling = _agreed(scalings)
+    return _agreed(thetas), None if scaling == "default" else scaling
+
+
+def _agreed(values: Mapping[str, Any]) -> Any:
+    """The value of a setting that several keys give; None where none does."""
+    given = [(name, value) for name, value in values.items() if value is not None]
+    for name, value in given[1:]:
+        if value != given[0][1]:
+            raise ValueError(f"{given[0][0]}: {given[0][1]!r}, but {name}: {value!r}; use the same in both, or one")
+    return given[0][1] if given else None
+
+
+def _check_kinds(config: Any, prefix: str = "") -> None:
+    """Refuses values of a wrong type, and numbers that are not finite."""
+    for field in dataclasses.fields(config):
+        kind, _, optional = str(field.type).partition(" | ")
+        value = getattr(config, field.name)
+        if kind not in _KINDS or optional not in ("", "None") or (optional and value is None):
+            continue
+        types, instead = _KINDS[kind]
+        is_kind = isinstance(value, types) and isinstance(value, bool) == (bool in types)
+        if not is_kind or not math.isfinite(value):
+            raise ValueError(f"{prefix}{field.name}: {value!r}; use {instead}")
 
 
 def _refuse_unknown(raw: Mapping[str, Any], known: set[str] | frozenset[str], where: str) -> None:

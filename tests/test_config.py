@@ -143,8 +143,23 @@ def test_older_rope_spelling() -> None:
     assert ModelConfig.from_hf(plain) == DENSE
 
 
-def test_list_of_one_eos() -> None:
+def test_a_list_of_eos_ids_is_kept() -> None:
     assert ModelConfig.from_hf({**DENSE.to_hf(), "eos_token_id": [151645]}).eos_token_id == 151645
+    config = ModelConfig.from_hf({**DENSE.to_hf(), "eos_token_id": [151645, 151643]})
+    assert json.loads(json.dumps(config.to_hf()))["eos_token_id"] == [151645, 151643]
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_neutral_values_and_provenance_are_accepted() -> None:
+    """Keys of Qwen3-Coder-30B-A3B's config.json, and of a checkpoint that unsloth wrote."""
+    coder = {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0}
+    assert ModelConfig.from_hf({**MOE.to_hf(), **coder, "unsloth_version": "2025.9.1"}) == MOE
+
+
+def test_both_spellings_may_agree() -> None:
+    yarn = dataclasses.replace(MOE, rope_scaling=YARN)
+    both = {**yarn.to_hf(), "rope_parameters": {**YARN_HF, "rope_theta": 1e6}, "num_local_experts": 128}
+    assert ModelConfig.from_hf(both) == yarn
 
 
 YARN_HF = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -165,8 +180,30 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "attention_bias": ({"attention_bias": True}, "attention_bias: True"),
     "attention_dropout": ({"attention_dropout": 0.1}, r"attention_dropout: 0\.1"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
-    "unknown key": ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size not supported"),
-    "two eos": ({"eos_token_id": [151645, 151643]}, r"eos_token_id: \[151645, 151643\]; use one id"),
+    "unknown key": ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers not supported"),
+    "shared expert": ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size: 64 .*; use 0"),
+    "quantised": ({"quantization_config": {"quant_method": "fp8"}}, "quantised; use bfloat16 weights"),
+    "YaRN in one spelling": (
+        {"rope_scaling": YARN_HF, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        "rope_scaling: RopeScaling.*, but rope_parameters: 'default'; use the same in both, or one",
+    ),
+    "YaRN in the other": (
+        {"rope_scaling": {"type": "default"}, "rope_parameters": {**YARN_HF, "rope_theta": 1e6}},
+        "rope_scaling: 'default', but rope_parameters: RopeScaling",
+    ),
+    "two thetas": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        r"rope_theta: 1000000.0, but rope_parameters.rope_theta: 10000.0; use the same",
+    ),
+    "scaling as text": ({"rope_scaling": "yarn"}, "rope_scaling: 'yarn'; use an object or null"),
+    "factor as text": ({"rope_scaling": {**YARN_HF, "factor": "4"}}, r"rope_scaling\.factor: '4'; use a number"),
+    "number as text": ({"num_hidden_layers": "28"}, "num_hidden_layers: '28'; use a whole number"),
+    "fraction": ({"hidden_size": 1024.5}, "hidden_size: 1024.5; use a whole number"),
+    "truth for a number": ({"vocab_size": True}, "vocab_size: True; use a whole number"),
+    "not finite": ({"rope_theta": float("nan")}, "rope_theta: nan; use a number"),
+    "text for a truth": ({"tie_word_embeddings": "false"}, "tie_word_embeddings: 'false'; use true or false"),
+    "eos as text": ({"eos_token_id": "151645"}, "eos_token_id: '151645'; use a whole number or a list of them"),
+    "layer types as text": ({"layer_types": "full_attention"}, "layer_types: 'full_attention' is not supported"),
     "experts in a dense model": (
         {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
         r"config\.json: moe_intermediate_size, num_experts, num_experts_per_tok not supported",
@@ -202,9 +239,14 @@ def test_missing_key_is_named(key: str) -> None:
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"does not exist; use a directory with a config\.json"):
         ModelConfig.from_hf(tmp_path)
-    (tmp_path / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        ModelConfig.from_hf(tmp_path)
+    for text, message in (
+        ("{", "not valid JSON"),
+        ("[" * 10**5, "not valid JSON"),
+        ("[1]", r"\[1\]; use a JSON object"),
+    ):
+        (tmp_path / "config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            ModelConfig.from_hf(tmp_path)
 
 
 INVALID: dict[str, tuple[dict[str, Any], str]] = {
