@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -15,12 +17,20 @@ T = TypeVar("T")
 
 def exits_cleanly(main: Callable[P, T]) -> Callable[P, T]:
     """Wraps a command's main function. A ValueError, FloatingPointError or OSError is printed in one line, without a
-    traceback; Ctrl-C prints nothing. Other processes of the run are ended too."""
+    traceback; Ctrl-C and a closed pipe print nothing. Other processes of the run are ended too."""
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return main(*args, **kwargs)
+            result = main(*args, **kwargs)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:  # whoever read the output has gone, as in `... | head`
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # Python flushes stdout once more at its exit
+            end_others("broken pipe")
+            sys.exit(128 + signal.SIGPIPE)
         except (ValueError, FloatingPointError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             end_others(str(error))

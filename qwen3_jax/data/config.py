@@ -13,7 +13,8 @@ class SourceConfig:
 
     Attributes:
       name: short and unique; it seeds the order of the source's documents.
-      paths: files or globs, local or on a file system that fsspec knows (gs://); .jsonl, .txt, .parquet, .arrayrecord.
+      paths: files or globs (a list, or one alone), local or on a file system that fsspec knows (gs://); .jsonl, .txt,
+        .parquet, .arrayrecord.
       weight: the source's share of the tokens is weight / sum of all weights.
       licence, origin, languages: for the catalogue; defaults come from the manifests of tokenised files.
       tokens: [min, max], inclusive; documents with another number of tokens are skipped.
@@ -39,9 +40,8 @@ class SourceConfig:
             raise ValueError(f"sources.name: {self.name!r}; use a name without /")
         where = f"sources.{self.name}"
         for key in ("paths", "languages"):
-            if isinstance(getattr(self, key), str):
-                raise ValueError(f"{where}.{key}: {getattr(self, key)!r}; use a list")
-            object.__setattr__(self, key, tuple(getattr(self, key)))
+            value = getattr(self, key)
+            object.__setattr__(self, key, (value,) if isinstance(value, str) else tuple(value))
         if not self.paths:
             raise ValueError(f"{where}.paths: (); use a list of at least one file or glob")
         if not 0 < self.weight < float("inf"):

@@ -9,7 +9,9 @@ A `.txt` document is plain text. A record of the other formats is an object with
   in the loss, for text that is injected in decoding. A chat longer than T ids is truncated to its first T, which is
   logged with a running count.
 
-`"labels"` may be an object of strings, such as {"domain": "math", "language": "en"}. Other keys are ignored.
+A blank text is passed over, and so is an example without a token in the loss; both are logged with a running count.
+`"labels"` may be an object of strings, such as {"domain": "math", "language": "en"}. Other keys are ignored, and
+a key with the value null counts as absent.
 
 N: tokens of a document or an example, T: `sequence_length`.
 """
@@ -21,6 +23,7 @@ import json
 import logging
 import re
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,7 +84,7 @@ class Encoder:
         _, self._end_of_text = tokenizer.eos_ids
 
     def __call__(self, document: Document) -> Encoded:
-        """The document with its end-of-text id or last turn, N > 1.
+        """The document with its end-of-text id or last turn, N > 1; N = 0 for a blank text.
 
         Raises:
           ValueError: `file:line: reason` for a document that is malformed.
@@ -91,7 +94,8 @@ class Encoder:
         try:
             record = _parse(document)
             if "text" in record:
-                ids_N: Sequence[int] = [*self._tokenizer.encode(record["text"]), self._end_of_text]
+                text_ids_N = self._tokenizer.encode(record["text"]) if record["text"].strip() else []
+                ids_N: Sequence[int] = [*text_ids_N, self._end_of_text] if text_ids_N else []
                 mask_N = np.ones(len(ids_N), np.uint8)
             else:
                 ids_N, mask_N = self._encode_chat(record)
@@ -135,40 +139,50 @@ class Cutter:
 
     def __init__(self, sequence_length: int) -> None:
         self._sequence_length = sequence_length
-        self._num_truncated = 0
+        self._counts: Counter[str] = Counter()
 
     def __call__(self, encoded: Encoded, document: Document) -> list[Example]:
-        """The examples of a document, 1 < N <= T. `document` is used for the log only."""
+        """The examples of a document that have a token in the loss, 1 < N <= T. `document` is used for the log only."""
         full, length = encoded.example, self._sequence_length
-        starts = range(0, len(full) - 1, length - 1) if encoded.is_text else range(1)
-        if not encoded.is_text and len(full) > length:
-            self._num_truncated += 1
-            if self._num_truncated.bit_count() == 1:  # log only counts 1, 2, 4, 8, ...
-                _log.warning(
-                    "%s: chat of %d tokens truncated to sequence_length %d; %d truncated so far",
-                    *(document.location, len(full), length, self._num_truncated),
-                )
-        return [Example(full.tokens_N[i : i + length], full.loss_mask_N[i : i + length]) for i in starts]
+        if not len(full):
+            self._log(document, "no text", "blank texts passed over")
+        elif not encoded.is_text and len(full) > length:
+            self._log(document, f"chat of {len(full)} tokens truncated to sequence_length {length}", "truncated")
+        examples = []
+        for i in range(0, len(full) - 1, length - 1) if encoded.is_text else range(1):
+            example = Example(full.tokens_N[i : i + length], full.loss_mask_N[i : i + length])
+            if example.loss_mask_N[1:].any():
+                examples.append(example)
+            else:
+                self._log(document, f"none of {len(example)} tokens is in the loss", "examples dropped")
+        return examples
+
+    def _log(self, document: Document, what: str, kind: str) -> None:
+        self._counts[kind] += 1
+        if self._counts[kind].bit_count() == 1:  # log only counts 1, 2, 4, 8, ...
+            _log.warning("%s: %s; %d %s so far", document.location, what, self._counts[kind], kind)
 
 
 def _parse(document: Document) -> dict[str, Any]:
     """The record of a document. What `chat.render` checks is not checked here."""
-    text = document.content.decode("utf-8")
+    text = document.content.decode("utf-8-sig" if document.start == 0 else "utf-8")  # a byte order mark begins a file
     if document.form == "text":
         return {"text": text.rstrip("\r\n"), "labels": {}}
     record = json.loads(text)
+    if isinstance(record, dict):
+        record = {key: value for key, value in record.items() if value is not None}
     if not isinstance(record, dict) or ("text" in record) == ("messages" in record):
         raise ValueError('not an object with one of the keys "text" and "messages"')
     # An escaped unpaired surrogate is valid JSON but not valid text. Encoding it raises a ValueError here; tokenizers
     # would raise a TypeError.
     json.dumps(record, ensure_ascii=False).encode("utf-8")
-    labels = record["labels"] if record.get("labels") is not None else {}
+    labels = record.get("labels", {})
     if not isinstance(labels, dict) or not all(isinstance(value, str | None) for value in labels.values()):
         raise ValueError(f"labels: {labels!r}; use an object of strings")
     record["labels"] = {label: value for label, value in labels.items() if value is not None}
     if "text" in record:
-        if not isinstance(record["text"], str) or not record["text"].strip():
-            raise ValueError(f"text: {record['text']!r}; use a string that is not blank")
+        if not isinstance(record["text"], str):
+            raise ValueError(f"text: {record['text']!r}; use a string")
         return record
     for key in ("messages", "tools", "no_loss"):
         if not isinstance(record.get(key, []), list):

@@ -80,7 +80,8 @@ class _Cursor:
                 source = self.stream.source
                 raise ValueError(
                     f"sources.{source.name}: of {skipped:,} documents in a row none is used; "
-                    f"use wider `tokens` than {source.tokens}, or other `label_weights`"
+                    f"use wider `tokens` than {source.tokens}, other `label_weights`, a larger sequence_length, or "
+                    "documents with tokens in the loss"
                 )
             self.turn, self.part = self.turn + 1, 0
         return drawn

@@ -14,7 +14,8 @@ from qwen3_jax.text.tokenizer import fingerprint, load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A document cut into examples. There are none in an epoch that skips it. `eligible`: False if every epoch does."""
+    """A document cut into examples. There are none in an epoch that skips it. `eligible`: False if every epoch does,
+    or if no example has a token in the loss."""
 
     examples: list[Example]
     labels: Labels
@@ -70,7 +71,8 @@ class Stream:
         phase = uniform(self._salt, index)
         if math.floor(phase + (epoch + 1) * fraction) == math.floor(phase + epoch * fraction):
             return Drawn([], encoded.labels)
-        return Drawn(self._cut(encoded, document), encoded.labels)
+        examples = self._cut(encoded, document)
+        return Drawn(examples, encoded.labels, eligible=bool(examples))
 
 
 class Mixture:

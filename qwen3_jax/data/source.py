@@ -165,8 +165,23 @@ class _ParquetFile:
     def __getitem__(self, index: int) -> Document:
         group = bisect_right(self._starts, index) - 1
         (row,) = _row_group(self._path, group).slice(index - self._starts[group], 1).to_pylist()
-        record = {key: value for key, value in row.items() if value is not None}
-        return Document(self._path, index, json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        try:
+            text = json.dumps(_without_nulls(row), ensure_ascii=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self._path}:{index + 1}: {error}") from None
+        return Document(self._path, index, text.encode("utf-8", "surrogatepass"))
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value of Arrow as JSON data: bytes as text, and without nulls. Arrow's structs have every field that one of
+    their rows has, null in the other rows: a tool would get the parameters of all other tools."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
 
 
 class _ArrayRecordFile:

@@ -28,6 +28,10 @@ class AnswerFile:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         if not path.parent.is_dir():
             raise ValueError(f"output: {str(path.parent)!r} is not a directory; use a file in one")
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError(
+                f"output: {str(path)!r} is not a regular file; use a file, which a later run can go on with"
+            )
         self.path = path
         self._settings_path = path.with_name(path.name + ".run.json")
         try:

@@ -113,7 +113,7 @@ def decode_file(
     """Answers every line of `source` in `target`, each as it is done, long prompts first.
 
     Answers that `target` holds already are kept and not decoded again. A line that cannot be answered becomes
-    `{"id", "line", "error"}`, with id null where none could be read, and the others go on.
+    `{"id", "line", "error"}`, with id null where none could be read, and the others go on; the first one is announced.
 
     Where one model spans several processes, all of them call this alike, and `source` is the same file for each.
 
@@ -128,13 +128,19 @@ def decode_file(
       report: called whenever the loop is left. announce: called with lines for the log.
 
     Raises:
-      ValueError: for a file that is missing or not ours; in strict mode `file:line: field: value; what to use instead`.
+      ValueError: for a file that is missing or not ours, or without a line that can be answered; in strict mode
+        `file:line: field: value; what to use instead`.
     """
     if not source.is_file():
         raise ValueError(f"input: {str(source)!r} does not exist; use a JSONL file")
     if writes and target.exists() and target.samefile(source):
         raise ValueError(f"output: {str(target)!r} is the input; use another file")
     lines, errors, digest = _index(engine, source, defaults, samples, strict, part)
+    if errors:
+        first = f"{source}:{errors[0]['line']}: {errors[0]['error']}"
+        if not lines and part == (0, 1):
+            raise ValueError(f"{first}; none of the {len(errors)} lines can be answered")
+        announce(f"{first}; {len(errors)} of {len(errors) + len(lines)} lines cannot be answered")
     tally = Tally(prompts=len(lines), samples=len(lines) * samples, errors=len(errors))
     asked = [(line, sample) for line in lines for sample in range(samples)]
     with contextlib.ExitStack() as stack:

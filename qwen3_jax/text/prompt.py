@@ -47,11 +47,13 @@ def read_prompt(
         `enable_thinking` false puts the empty block into the prompt; `stop`, a text or a list of them;
         `mode_by_query` true leaves the mode to `query_mode` where neither a flag nor `enable_thinking` says it.
         Flags in the text follow `chat.flag_mode`. A model with one mode only knows no flags: see `chat`.
+        A field with the value null counts as absent.
       defaults: fields for records that do not have them; sampling is by mode where neither says.
 
     Raises:
       ValueError: `field: value; what to use instead`.
     """
+    record = {name: value for name, value in record.items() if value is not None}
     unknown = [name for name in record if name not in _FIELDS]
     if unknown:
         raise ValueError(f"{unknown[0]}: unknown field; use one of {', '.join(_FIELDS)}")

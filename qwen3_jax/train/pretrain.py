@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from qwen3_jax.model import Qwen3
+from qwen3_jax.text.tokenizer import load_tokenizer
 from qwen3_jax.train.config import TrainConfig
 from qwen3_jax.train.feed import FileFeed
 from qwen3_jax.train.loop import train
@@ -25,8 +26,19 @@ def next_token(config: TrainConfig) -> NextToken:
 
 
 def pretrain(config: TrainConfig, stop: StopSignal, console: Console) -> str | None:
-    """`train` on `config.data`, evaluated on `config.eval_data`."""
+    """`train` on `config.data`, evaluated on `config.eval_data`.
+
+    Raises:
+      ValueError: of `train`; or the tokenizer has more tokens than the model.
+    """
     mesh = make_mesh(config.mesh)
+    for name, data in (("data", config.data), ("eval_data", config.eval_data)):
+        # JAX clamps ids beyond the table without a word.
+        if data is not None and (count := load_tokenizer(data.tokenizer).num_tokens) > config.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size: {config.model.vocab_size}, but {name}.tokenizer {data.tokenizer!r} has {count} "
+                f"tokens; use at least {count}"
+            )
     objective = next_token(config)
     feed = FileFeed(config.data, mesh, config.accumulation)
     held_out = None

@@ -73,8 +73,12 @@ def start_state(
 
 def _load(source: epath.Path, config: ModelConfig, params: Any, mesh: Mesh, announce: Callable[[str], None]) -> Any:
     """The weights of a Hugging Face checkpoint, or of a run's newest verified one."""
-    for name, theirs, ours in different_weights(ModelConfig.from_hf(source), config):
+    found_config = ModelConfig.from_hf(source)
+    for name, theirs, ours in different_weights(found_config, config):
         raise ValueError(f"init_from: {str(source)!r} has {name} {theirs!r}; model.{name}: {ours!r}")
+    for name in ("rope_theta", "rope_scaling", "max_position_embeddings"):
+        if (theirs := getattr(found_config, name)) != (ours := getattr(config, name)):
+            announce(f"init_from: {source} has {name} {theirs!r}; this run uses {ours!r}")
     if not (source / CHECKPOINTS).is_dir():
         return hf.load_checkpoint(source, dtype="float32", mesh=mesh, stacked=True)[1]
     found = find_verified(source / CHECKPOINTS, announce)

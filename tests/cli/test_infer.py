@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +104,10 @@ def test_a_file_of_mixed_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path
     """Budgets, modes and errors side by side; every good line is answered as if alone."""
     good: list[dict[str, Any]] = [
         {"id": "a", "prompt": "What is 4 + 4? /think", "thinking_budget": 3},
-        {"id": "b", "messages": [{"role": "user", "content": "What is 4 + 4?"}], "enable_thinking": False},
+        {
+            **{"id": "b", "messages": [{"role": "user", "content": "What is 4 + 4?"}], "enable_thinking": False},
+            **dict.fromkeys(("prompt", "tools", "stop", "temperature", "answer")),  # null counts as absent
+        },
         {"id": "c", "prompt": "What is 4 plus 4?", "temperature": 0.0, "max_new_tokens": 64, "answer": "8"},
     ]
     bad: list[Any] = [
@@ -119,6 +126,10 @@ def test_a_file_of_mixed_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path
     source = write(tmp_path / "in.jsonl", good[0], bad[0], good[1], bad[1], bad[2], good[2], *bad[3:])
     code, summary, err = run(capsys, "--input", str(source), "--output", str(tmp_path / "out.jsonl"))
     assert code == 0, err
+    assert (
+        f"{source}:2: thinking_budget: 2.5; use a whole number >= -1 or 'auto'; 11 of 14 lines cannot"
+        in err.replace("\n", "")
+    )
     out = read(tmp_path / "out.jsonl")
     assert {record["id"]: record["line"] for record in out if "error" not in record} == {"a": 1, "b": 3, "c": 6}
     errors = {record["line"]: record["error"] for record in out if "error" in record}
@@ -198,6 +209,36 @@ def test_a_file_that_no_run_began_is_left_as_it_is(
     code, _, err = run(capsys, "--input", str(source), "--output", str(source))
     assert (code, read(source)) == (2, [{"prompt": "What is 2 + 3?"}])
     assert "is the input; use another file" in err
+
+
+def test_a_file_without_a_line_that_can_be_answered_is_an_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Such as a JSON array over several lines."""
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps([{"prompt": "x"}, {"prompt": "y"}], indent=1))
+    code, _, err = run(capsys, "--input", str(source), "--output", str(tmp_path / "out.jsonl"))
+    assert code == 2
+    assert re.search(rf"error: {source}:1: not valid JSON .*; none of the \d+ lines can be answered", err)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_device_is_no_output(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", {"prompt": "x"})
+    code, out, err = run(capsys, "--input", str(source), "--output", "/dev/null")
+    assert (code, out) == (2, "")
+    assert "output: '/dev/null' is not a regular file; use a file" in err
+
+
+def test_a_reader_that_goes_ends_the_command_in_silence() -> None:
+    """As `qwen3-jax suggest | head -0` does."""
+    command = "from qwen3_jax.cli.main import main; main(['suggest', '--model', 'qwen3-8b', '--tokens', '1T'])"
+    with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.wait(), said) == (128 + signal.SIGPIPE, b"")
 
 
 def test_strict_stops_before_anything_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_jax.data.examples import Cutter, Encoded, Encoder, Example
-from qwen3_jax.data.source import Document
+from qwen3_jax.data.source import Document, DocumentSource
 from qwen3_jax.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
 STOP_TEXT = (
@@ -137,6 +137,37 @@ def test_long_chat_keeps_its_beginning_and_says_so(
     assert [record.message.split("; ")[1] for record in caplog.records] == [f"{n} truncated so far" for n in (1, 2, 4)]
 
 
+def test_examples_without_a_token_in_the_loss_are_dropped_and_counted(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A chat whose answer lies beyond the row's end, and a blank text."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(_chat("123456789")) + '\n{"text": " "}\n')
+    cut, encode = Cutter(6), Encoder(tokenizer)
+    chat, blank = DocumentSource([str(path)])
+    with caplog.at_level(logging.WARNING):
+        assert [cut(encode(document), document) for document in (chat, chat, blank)] == [[], [], []]
+    said = [record.message for record in caplog.records]
+    assert f"{path}:1: none of 6 tokens is in the loss; 1 examples dropped so far" in said
+    assert f"{path}:1: none of 6 tokens is in the loss; 2 examples dropped so far" in said
+    assert f"{path}:2: no text; 1 blank texts passed over so far" in said
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "txt"])
+def test_a_byte_order_mark_is_not_of_the_text(tokenizer: Tokenizer, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(b"\xef\xbb\xbf" + (b'{"text": "ab"}\n{"text": "c"}' if suffix == "jsonl" else b"ab\n\nc"))
+    ids = [Encoder(tokenizer)(document).example.tokens_N for document in DocumentSource([str(path)])]
+    assert [tokenizer.decode(each.tolist(), skip_special=True) for each in ids] == ["ab", "c"]
+
+
+def test_null_counts_as_absent(tokenizer: Tokenizer) -> None:
+    chat = _chat("1")
+    record = {**chat, "text": None, "tools": None, "no_loss": None, "labels": None}
+    (given,), (expected,) = _encode(tokenizer, record), _encode(tokenizer, chat)
+    np.testing.assert_array_equal(given.tokens_N, expected.tokens_N)
+
+
 def test_labels_come_along_and_nulls_are_none(tokenizer: Tokenizer) -> None:
     document = Document("a.jsonl", 0, b'{"text": "a", "labels": {"domain": "math", "language": null}}')
     assert Encoder(tokenizer)(document).labels == {"domain": "math"}
@@ -163,8 +194,8 @@ MALFORMED = [
     (b"[1]", 'one of the keys "text" and "messages"'),
     (b'{"txt": "a"}', 'one of the keys "text" and "messages"'),
     (b'{"text": "a", "messages": []}', 'one of the keys "text" and "messages"'),
-    (b'{"text": " "}', "text: ' '; use a string that is not blank"),
-    (b'{"text": 1}', "text: 1; use a string that is not blank"),
+    (b'{"text": 1}', "text: 1; use a string"),
+    (b'{"text": null}', 'one of the keys "text" and "messages"'),
     (b'{"text": "\\ud800"}', "surrogates not allowed"),
     (b'{"text": "a", "labels": ["math"]}', "labels: ['math']; use an object of strings"),
     (b'{"text": "a", "labels": {"domain": 1}}', "labels: {'domain': 1}; use an object of strings"),
@@ -173,7 +204,7 @@ MALFORMED = [
     (b'{"messages": [{"role": "user", "content": "a"}]}', "messages: no assistant turn"),
     (b'{"messages": [{"role": "assistant", "content": "a"}, 1]}', "messages"),
     (b'{"messages": [{"role": "assistant", "content": 1}]}', "content"),
-    (b'{"messages": [{"role": "assistant", "content": "a"}], "tools": null}', "tools: None; use a list"),
+    (b'{"messages": [{"role": "assistant", "content": "a"}], "tools": 1}', "tools: 1; use a list"),
     (b'{"messages": [{"role": "assistant", "content": "a"}], "no_loss": "a"}', "no_loss: 'a'; use a list"),
     (b'{"messages": [{"role": "assistant", "content": "a"}], "no_loss": [""]}', "no_loss: ['']; use strings"),
 ]

@@ -21,6 +21,7 @@ from processes import Command
 from qwen3_jax.data import DataConfig, SourceConfig, make_loader
 from qwen3_jax.data.mixture import shuffled
 from qwen3_jax.data.packing import OPEN_ROWS
+from qwen3_jax.data.tokenize import tokenize_source
 from qwen3_jax.text.tokenizer import load_tokenizer, train_sentencepiece
 
 Batch = dict[str, np.ndarray]
@@ -437,12 +438,10 @@ def test_config_errors_name_the_field(fields: dict[str, Any], message: str) -> N
     ("fields", "message"),
     [
         ({"name": ""}, "sources.name: ''; use a name"),
-        ({"paths": "a.jsonl"}, "sources.a.paths: 'a.jsonl'; use a list"),
         ({"paths": ()}, r"sources.a.paths: \(\); use a list of at least one"),
-        ({"languages": "en"}, "sources.a.languages: 'en'; use a list"),
         ({"weight": 0}, "sources.a.weight: 0; use a number > 0"),
         ({"weight": float("nan")}, "sources.a.weight: nan; use a number > 0"),
-        ({"tokens": (5, 4)}, r"sources.a.tokens: \[5, 4\]; \[min, max\]"),
+        ({"tokens": (5, 4)}, r"sources.a.tokens: \[5, 4\]; use \[min, max\]"),
         ({"label_weights": {"domain": {"math": -1}}}, "sources.a.label_weights.domain.math: -1; use a number >= 0"),
         ({"label_weights": {"domain": {"math": 0, "*": 0}}}, "sources.a.label_weights.domain: all 0"),
     ],
@@ -450,6 +449,34 @@ def test_config_errors_name_the_field(fields: dict[str, Any], message: str) -> N
 def test_source_errors_name_the_field(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SourceConfig(**{"name": "a", "paths": ("a.jsonl",), **fields})
+
+
+def test_a_single_path_is_a_list_of_one() -> None:
+    source = SourceConfig("a", "a.jsonl", languages="en")  # type: ignore[arg-type]
+    assert (source.paths, source.languages) == (("a.jsonl",), ("en",))
+
+
+def test_blank_texts_are_passed_over(tmp_path: Path, folder: Path) -> None:
+    """As if they were not there, in documents and in shards; a source of nothing else ends the run."""
+    for name, lines in (("with", ["a", "", " \n", "b"]), ("without", ["a", "b"]), ("blank", ["", " "])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "web.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
+    config = _config(folder, "few.jsonl", shuffle=False, batch_size=1)
+
+    def tokens(name: str, file: str = "web.jsonl") -> list[list[int]]:
+        source = SourceConfig("web", (str(tmp_path / name / file),))
+        loader = make_loader(dataclasses.replace(config, sources=(source,)))
+        return [batch["tokens"].tolist() for batch in _batches(loader, 3)]
+
+    assert tokens("with") == tokens("without")
+    tokenize_source(
+        SourceConfig("web", (str(tmp_path / "with" / "web.jsonl"),)), str(folder), tmp_path / "t", workers=1
+    )
+    assert tokens("t", "*.arrayrecord") == tokens("without")
+    with pytest.raises(
+        ValueError, match=r"^sources.web: of \d+ documents in a row none is used; .*documents with tokens"
+    ):
+        tokens("blank")
 
 
 def test_config_is_read_from_yaml(tmp_path: Path) -> None:

@@ -112,6 +112,18 @@ def test_files_that_do_not_fit(tmp_path: Path, name: str, content: str, message:
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_parquet_gives_bytes_as_text_and_no_padding_of_structs(tmp_path: Path) -> None:
+    """Tools of two shapes share one Arrow struct: each row has the other's fields, as nulls."""
+    tools = [[{"name": "f", "parameters": {"x": 1}}], [{"name": "g", "parameters": {"y": {"z": "a"}}}]]
+    rows = [{"text": b"\xc3\xa9", "tools": tool} for tool in tools]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    documents = list(DocumentSource([str(tmp_path / "a.parquet")]))
+    assert [json.loads(document.content) for document in documents] == [{"text": "é", "tools": tool} for tool in tools]
+    parquet.write_table(pa.table({"text": [b"\xff"]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet:1: 'utf-8' codec can't decode byte 0xff"):
+        list(DocumentSource([str(tmp_path / "b.parquet")]))
+
+
 def test_parquet_without_the_columns_is_refused(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r'a\.parquet\' cannot be read \(no column "text" or "messages"\)'):

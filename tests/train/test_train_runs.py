@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -296,9 +297,19 @@ def test_a_run_begins_with_the_weights_of_another(folder: Path, whole: list[dict
     assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
     assert lines[1]["eval_loss"] < whole[0]["loss"] / 3
     assert list((folder / "second" / "profile").rglob("*.xplane.pb"))
+    assert "this run uses" not in said
     overrides = ["--init_from", str(folder / "whole"), "--model.intermediate_size", "128"]
     said = finish(start(folder, "third", *overrides), code=2)
     assert "has intermediate_size 256; model.intermediate_size: 128" in said
+    overrides = ["--init_from", str(folder / "whole"), "--steps", "1", "--model.rope_theta", "5000"]
+    said = finish(start(folder, "fourth", *overrides))
+    assert f"init_from: {folder / 'whole'} has rope_theta 10000.0; this run uses 5000" in said.replace("\n", " ")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder: Path) -> None:
+    said = finish(start(folder, "small", "--model.vocab_size", "256"), code=2)
+    assert re.search(r"error: model\.vocab_size: 256, but data\.tokenizer '.*' has \d+ tokens; use at least \d+", said)
+    assert not (folder / "small" / "metrics.jsonl").exists()
 
 
 # Twelve steps on other meshes. The rates of all are the same, and no bit of the data.
