@@ -15,7 +15,6 @@ import yaml
 from qwen3_jax.config import ModelConfig
 
 T = typing.TypeVar("T")
-_Pairs = list[tuple[str, str]]  # keys and values of overrides
 
 
 def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
@@ -29,18 +28,13 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
 
 def decode_config(cls: type[T], raw: dict[str, Any], overrides: Sequence[str], where: str) -> T:
     """`cls` from nested mappings, with `--section.key value` overrides. Error messages begin with `where`."""
-    return _decode(cls, raw, _pairs(overrides), where)
-
-
-def _decode(cls: type[T], raw: dict[str, Any], overrides: _Pairs, where: str) -> T:
-    keys = _keys(cls)
-    for key, _ in overrides:
-        if key not in keys:
-            near = difflib.get_close_matches(key, keys, n=1)
-            raise ValueError(f"--{key}: no such key" + (f"; did you mean --{near[0]}?" if near else ""))
+    unknown = [word for word in overrides if word.startswith("--") and word[2:].split("=")[0] not in _keys(cls)]
+    if unknown:
+        key = unknown[0][2:].split("=")[0]
+        near = difflib.get_close_matches(key, _keys(cls), n=1)
+        raise ValueError(f"--{key}: no such key" + (f"; did you mean --{near[0]}?" if near else ""))
     try:
-        values = {key: draccus.cfgparsing.parse_string(value) for key, value in overrides}
-        return draccus.decode(cls, _merged(raw, draccus.utils.deflatten(values, sep=".")))
+        return draccus.decode(cls, _merged(raw, _parse_overrides(overrides)))
     except (draccus.utils.DraccusException, yaml.YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: {_one_line(error)}") from None
 
@@ -64,9 +58,8 @@ def load_stages(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
     stages = common.pop("stages", {})
     if not isinstance(stages, dict) or not all(isinstance(changes, dict) for changes in stages.values()):
         raise ValueError(f"{path}: stages: {stages!r}; use a mapping from names to mappings of changed keys")
-    pairs = _pairs(overrides)
     return {
-        name: _decode(cls, _merged(common, changes), _of_stage(pairs, name, stages), f"{path}: stages.{name}")
+        name: decode_config(cls, _merged(common, changes), _of_stage(overrides, name, stages), f"{path}: stages.{name}")
         for name, changes in stages.items()
     }
 
@@ -84,27 +77,30 @@ def _read(path: str | Path) -> dict[str, Any]:
     return raw
 
 
-def _pairs(words: Sequence[str]) -> _Pairs:
-    """`(section.key, value)` from `--section.key value` and `--section.key=value`."""
-    pairs, rest = [], iter(words)
+def _parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """Nested mappings from `--section.key value` and `--section.key=value`."""
+    flat: dict[str, Any] = {}
+    rest = iter(words)
     for word in rest:
-        key, is_one_word, value = word.removeprefix("--").partition("=")
-        value = value if is_one_word else next(rest, "--")
+        key, _, value = word.removeprefix("--").partition("=")
+        if "=" not in word:
+            value = next(rest, "--")
         if not word.startswith("--") or value.startswith("--"):
             raise ValueError(f"{word}: use --section.key value")
-        pairs.append((key, value))
-    return pairs
+        flat[key] = draccus.cfgparsing.parse_string(value)
+    return draccus.utils.deflatten(flat, sep=".")
 
 
-def _of_stage(pairs: _Pairs, name: str, stages: Collection[str]) -> _Pairs:
+def _of_stage(words: Sequence[str], name: str, stages: Collection[str]) -> list[str]:
     """The overrides of stage `name`: those without a stage, and those that begin with its name, which is removed."""
-    selected = []
-    for key, value in pairs:
-        owner, _, rest = key.partition(".")
-        if owner == name:
-            selected.append((rest, value))
-        elif owner not in stages:
-            selected.append((key, value))
+    selected: list[str] = []
+    ours = True
+    for word in words:
+        if word.startswith("--"):
+            owner, _, key = word[2:].partition(".")
+            ours = owner not in stages or owner == name
+            word = f"--{key}" if owner in stages else word
+        selected += [word] if ours else []
     return selected
 
 
