@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, given in (("--stream", args.stream), ("--json", args.json)):
         if given and args.prompt is None:
             raise ValueError(f"{name}: with --input; use --prompt")
+    for name, given in (("--samples", args.samples != 1), ("--logprobs", args.logprobs), ("--strict", args.strict)):
+        if given and args.prompt is not None:
+            raise ValueError(f"{name}: with --prompt; use --input and --output")
     if args.stream and args.json:
         raise ValueError("--stream, --json: both; use one of them")
     for name, value in (("--auto-threshold", args.auto_threshold), ("--auto-cap", args.auto_cap)):

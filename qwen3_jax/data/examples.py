@@ -32,7 +32,7 @@ import numpy as np
 from qwen3_jax.data.config import Labels
 from qwen3_jax.data.source import Document
 from qwen3_jax.text import chat
-from qwen3_jax.text.tokenizer import Tokenizer
+from qwen3_jax.text.tokenizer import Tokenizer, fingerprint, load_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -77,11 +77,23 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes documents with one tokenizer."""
+    """Encodes documents with one tokenizer, and chats in the format of one kind of model.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    fingerprint: of what the ids of a document depend on.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, modes: chat.Modes = "hybrid", fingerprint: str = "") -> None:
+        self.tokenizer, self.fingerprint = tokenizer, fingerprint
+        self._modes = modes
         _, self._end_of_text = tokenizer.eos_ids
+
+    @classmethod
+    def of(cls, directory: str) -> Encoder:
+        """The encoder for a model's directory. A base model, which has no chat format, learns the hybrid one."""
+        modes = chat.modes_of(directory)
+        modes = "hybrid" if modes == "base" else modes
+        suffix = "" if modes == "hybrid" else f"-{modes}"
+        return cls(load_tokenizer(directory), modes, fingerprint(directory) + suffix)
 
     def __call__(self, document: Document) -> Encoded:
         """The document with its end-of-text id or last turn, N > 1; N = 0 for a blank text.
@@ -94,7 +106,7 @@ class Encoder:
         try:
             record = _parse(document)
             if "text" in record:
-                text_ids_N = self._tokenizer.encode(record["text"]) if record["text"].strip() else []
+                text_ids_N = self.tokenizer.encode(record["text"]) if record["text"].strip() else []
                 ids_N: Sequence[int] = [*text_ids_N, self._end_of_text] if text_ids_N else []
                 mask_N = np.ones(len(ids_N), np.uint8)
             else:
@@ -106,7 +118,11 @@ class Encoder:
     def _encode_chat(self, record: dict[str, Any]) -> tuple[Sequence[int], np.ndarray]:
         """Ids and loss mask."""
         rendered = chat.render(
-            record["messages"], self._tokenizer, tools=record.get("tools"), add_generation_prompt=False
+            record["messages"],
+            self.tokenizer,
+            tools=record.get("tools"),
+            add_generation_prompt=False,
+            modes=self._modes,
         )
         mask_N = np.array(rendered.loss_mask(), np.uint8)
         for text in record.get("no_loss", []):
@@ -119,7 +135,7 @@ class Encoder:
         pieces, spans_N2 = [], []
         start = offset = 0
         for stop in range(1, len(ids_N) + 1):
-            piece = self._tokenizer.decode(ids_N[start:stop])
+            piece = self.tokenizer.decode(ids_N[start:stop])
             # A character may be spread over up to four tokens, which then all get its span.
             if "\ufffd" in piece and stop - start < 4 and stop < len(ids_N):
                 continue
@@ -127,7 +143,7 @@ class Encoder:
             spans_N2 += [(offset, offset + len(piece))] * (stop - start)
             start, offset = stop, offset + len(piece)
         starts_N, stops_N = np.array(spans_N2).T
-        literal = self._tokenizer.decode(self._tokenizer.encode(text))  # in the tokenizer's normal form
+        literal = self.tokenizer.decode(self.tokenizer.encode(text))  # in the tokenizer's normal form
         held_N = np.zeros(len(ids_N), bool)
         for found in re.finditer(re.escape(literal), "".join(pieces)):
             held_N |= (starts_N < found.end()) & (stops_N > found.start())

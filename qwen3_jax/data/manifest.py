@@ -16,7 +16,7 @@ class Manifest:
 
     Attributes:
       name, licence, origin, languages: of the source, from its SourceConfig.
-      tokenizer: fingerprint of the tokenizer.
+      tokenizer: fingerprint of the tokenizer and the chat format.
       documents, tokens, loss_tokens: totals of all shards.
       documents_per_shard: the last shard may hold fewer.
       shards: number of documents of each file; empty until all files are written.

@@ -9,7 +9,6 @@ import math
 from qwen3_jax.data.config import DataConfig, Labels, SourceConfig
 from qwen3_jax.data.examples import Cutter, Encoder, Example
 from qwen3_jax.data.source import DocumentSource
-from qwen3_jax.text.tokenizer import fingerprint, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +43,10 @@ class Stream:
             "tokens": list(source.tokens) if source.tokens else None,
             "label_weights": source.label_weights,
         }
-        ours = fingerprint(data.tokenizer)
-        for theirs in self._documents.tokenizers - {ours}:
+        for theirs in self._documents.tokenizers - {encode.fingerprint}:
             raise ValueError(
-                f"sources.{source.name}: tokenised by another tokenizer ({theirs}) than {data.tokenizer!r} ({ours}); "
+                f"sources.{source.name}: tokenised by another tokenizer ({theirs}) than {data.tokenizer!r} "
+                f"({encode.fingerprint}); "
                 "use files that `qwen3-jax tokenize` made with this one"
             )
 
@@ -87,16 +86,15 @@ class Mixture:
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
-        tokenizer = load_tokenizer(config.tokenizer)
-        self.pad_id = tokenizer.pad_id
-        encode, cut = Encoder(tokenizer), Cutter(config.sequence_length)
+        encode, cut = Encoder.of(config.tokenizer), Cutter(config.sequence_length)
+        self.pad_id = encode.tokenizer.pad_id
         self.streams = [Stream(source, encode, cut, config) for source in config.sources]
         self.order = {
             "seed": config.seed,
             "shuffle": config.shuffle,
             "batch_size": config.batch_size,
             "sequence_length": config.sequence_length,
-            "tokenizer": fingerprint(config.tokenizer),
+            "tokenizer": encode.fingerprint,
             "sources": {stream.source.name: stream.order for stream in self.streams},
         }
 

@@ -27,7 +27,6 @@ from qwen3_jax.data.examples import Encoded, Encoder
 from qwen3_jax.data.manifest import Manifest
 from qwen3_jax.data.source import DocumentSource
 from qwen3_jax.data.workers import end_with_parent
-from qwen3_jax.text.tokenizer import fingerprint, load_tokenizer
 
 DOCUMENTS_PER_SHARD = 10_000
 
@@ -61,7 +60,7 @@ def tokenize_source(
         source.licence,
         source.origin,
         list(source.languages),
-        tokenizer=fingerprint(tokenizer),
+        tokenizer=Encoder.of(tokenizer).fingerprint,
         documents=len(documents),
         documents_per_shard=documents_per_shard,
     )
@@ -102,7 +101,7 @@ def _begin(path: Path, begun: Manifest) -> None:
 
 @functools.cache  # once in each worker process
 def _open(paths: tuple[str, ...], tokenizer: str) -> tuple[DocumentSource, Encoder]:
-    return DocumentSource(paths), Encoder(load_tokenizer(tokenizer))
+    return DocumentSource(paths), Encoder.of(tokenizer)
 
 
 def _make_shard(paths: tuple[str, ...], tokenizer: str, path: Path, indices: range) -> Counts:

@@ -265,6 +265,8 @@ def test_strict_stops_before_anything_is_written(capsys: pytest.CaptureFixture[s
         (["--prompt", "x", "--stream", "--json"], "--stream, --json: both; use one of them"),
         (["--prompt", "x", "--auto-cap", "3"], "--auto-cap: 3; use --thinking-budget auto with it"),
         ([*FILES, "--stream"], "--stream: with --input; use --prompt"),
+        (["--prompt", "x", "--samples", "2"], "--samples: with --prompt; use --input and --output"),
+        (["--prompt", "x", "--logprobs"], "--logprobs: with --prompt; use --input and --output"),
         ([*FILES, "--samples", "0"], "--samples: 0; use a number >= 1"),
         (["--input", "missing.jsonl", "--output", "out.jsonl"], "input: 'missing.jsonl' does not exist"),
     ],

@@ -161,6 +161,23 @@ def test_a_byte_order_mark_is_not_of_the_text(tokenizer: Tokenizer, tmp_path: Pa
     assert [tokenizer.decode(each.tolist(), skip_special=True) for each in ids] == ["ab", "c"]
 
 
+def test_the_chat_format_is_that_of_the_tokenizers_directory(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """An instruct model learns no think block, and what was tokenised for it is refused for a hybrid one."""
+    train_sentencepiece(["the user asks"], tmp_path / "tokenizer.model", vocab_size=400)
+    document = Document("a.jsonl", 0, json.dumps(_chat("4")).encode())
+    hybrid = Encoder.of(str(tmp_path))
+    template = "{{ message.content }}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    instruct = Encoder.of(str(tmp_path))
+    said = [
+        encode.tokenizer.decode(np.extract(encoded.loss_mask_N, encoded.tokens_N).tolist())
+        for encode in (hybrid, instruct)
+        for encoded in [encode(document).example]
+    ]
+    assert said == ["<think>\n\n</think>\n\n4<|im_end|>", "4<|im_end|>"]
+    assert instruct.fingerprint == f"{hybrid.fingerprint}-instruct"
+
+
 def test_null_counts_as_absent(tokenizer: Tokenizer) -> None:
     chat = _chat("1")
     record = {**chat, "text": None, "tools": None, "no_loss": None, "labels": None}

@@ -167,6 +167,6 @@ def test_sources_that_do_not_fit(folder: Path, shards: Path, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"sources\.web\.paths: token ids already; use files of documents"):
         tokenize_source(_source(shards / "*.arrayrecord"), str(folder), tmp_path / "a", workers=1)
     (tmp_path / "bad.jsonl").write_text('{"text": "1"}\n{"text": 2}\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl:2: text: 2; use a string that is not blank"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2: text: 2; use a string$"):
         tokenize_source(_source(tmp_path / "bad.jsonl"), str(folder), tmp_path / "b", workers=1)
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["manifest.json"]
