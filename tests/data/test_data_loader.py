@@ -377,7 +377,7 @@ def test_only_documents_of_the_wanted_length_come(folder: Path) -> None:
 def test_a_source_without_a_document_that_fits_is_refused(folder: Path) -> None:
     source = SourceConfig("long", (str(folder / "few.jsonl"),), tokens=(60, 120))
     with pytest.raises(
-        ValueError, match=r"sources.long: of 97 documents in a row none is used; wider `tokens` than \(60, 120\)"
+        ValueError, match=r"sources.long: of 97 documents in a row none is used; use wider `tokens` than \(60, 120\)"
     ):
         next(make_loader(DataConfig((source,), str(folder), sequence_length=120, batch_size=2)))
 
