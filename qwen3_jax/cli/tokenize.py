@@ -10,7 +10,7 @@ from rich.console import Console
 from qwen3_jax.cli.arguments import on_disk
 from qwen3_jax.cli.config_file import load_config, load_stages
 from qwen3_jax.cli.progress import bar
-from qwen3_jax.data import SourceConfig
+from qwen3_jax.data import DataConfig, SourceConfig
 from qwen3_jax.data.tokenize import DOCUMENTS_PER_SHARD, tokenize_source
 from qwen3_jax.train import TrainConfig
 
@@ -29,28 +29,29 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: {getattr(args, name)}; use a number >= 1")
     runs = load_stages(TrainConfig, args.config) or {"": load_config(TrainConfig, args.config)}
-    sources: dict[str, tuple[SourceConfig, str]] = {}
+    sources: dict[str, tuple[SourceConfig, DataConfig]] = {}
     for stage, config in runs.items():
         for source in config.data.sources:
-            first, tokenizer = sources.setdefault(source.name, (source, config.data.tokenizer))
-            if (first.paths, tokenizer) != (source.paths, config.data.tokenizer):
+            first, data = sources.setdefault(source.name, (source, config.data))
+            if (first.paths, data.tokenizer, data.turns) != (source.paths, config.data.tokenizer, config.data.turns):
                 raise ValueError(
-                    f"stages.{stage}.data.sources.{source.name}: other paths or another tokenizer than an earlier "
-                    "stage; use another name"
+                    f"stages.{stage}.data.sources.{source.name}: other paths, turns or another tokenizer than an "
+                    "earlier stage; use another name"
                 )
     console = Console(highlight=False)
-    for source, tokenizer in sources.values():
-        _tokenize(source, tokenizer, args, console)
+    for source, data in sources.values():
+        _tokenize(source, data, args, console)
 
 
-def _tokenize(source: SourceConfig, tokenizer: str, args: argparse.Namespace, console: Console) -> None:
+def _tokenize(source: SourceConfig, data: DataConfig, args: argparse.Namespace, console: Console) -> None:
     directory = args.out / source.name
     with bar(console, source.name, "reading") as update:
         made = tokenize_source(
             source,
-            tokenizer,
+            data.tokenizer,
             directory,
             workers=args.workers,
+            turns=data.turns,
             documents_per_shard=args.documents_per_shard,
             progress=lambda done, total: update(
                 completed=done.documents, total=total, status=f"{done.tokens:,} tokens"

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, get_args
 
 Labels = dict[str, str]
+# What is learnt of a chat with several rounds, each a user's query and what answers it. "each": an example for each
+# round, as it stood when the round was written, with that round in the loss. "last": the complete chat, with the last
+# round in the loss. "all": the complete chat, with every assistant turn in the loss; those before the last round have
+# lost their thoughts. "auto": "each" for chats that would lose thoughts, "all" for the others.
+Turns = Literal["auto", "each", "last", "all"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +84,7 @@ class DataConfig:
       batch_size: rows of a step, over all processes.
       seed: of the order of the documents.
       shuffle: False: every epoch has the documents in the order of the files.
+      turns: what of a chat with several rounds is learnt, see `Turns`.
       workers: processes per host that read and tokenise; 0 reads in a thread. The batches do not depend on it.
 
     Raises:
@@ -90,6 +97,7 @@ class DataConfig:
     batch_size: int
     seed: int = 0
     shuffle: bool = True
+    turns: Turns = "auto"
     workers: int = 0
 
     def __post_init__(self) -> None:
@@ -103,5 +111,7 @@ class DataConfig:
         for key, minimum in (("sequence_length", 2), ("batch_size", 1), ("workers", 0)):
             if getattr(self, key) < minimum:
                 raise ValueError(f"{key}: {getattr(self, key)!r}; use a number >= {minimum}")
+        if self.turns not in get_args(Turns):
+            raise ValueError(f"turns: {self.turns!r}; use one of {', '.join(get_args(Turns))}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: {self.seed!r}; use a number from 0 to 2**32 - 1")

@@ -4,8 +4,10 @@ A `.txt` document is plain text. A record of the other formats is an object with
 
 - `"text"`: plain language modelling. An end-of-text id is appended, and every token is in the loss. A text longer than
   T ids is split into chunks of T that overlap by one token, so that every token but the first is a target exactly once.
-- `"messages"`: a chat, rendered by the template. The tokens that the assistant generates are in the loss. `"tools"` are
-  the functions of the system turn. `"no_loss"` is a list of strings: tokens that overlap an occurrence of one are not
+- `"messages"`: a chat, rendered by the template. The tokens that the assistant generates are in the loss. The template
+  drops the thoughts of all rounds but the last (a round begins with a user's query), so such a chat gives one example
+  for each round, as it stood when the round was written, with that round in the loss; see `Turns`. `"tools"` are the
+  functions of the system turn. `"no_loss"` is a list of strings: tokens that overlap an occurrence of one are not
   in the loss, for text that is injected in decoding. A chat longer than T ids is truncated to its first T, which is
   logged with a running count.
 
@@ -29,14 +31,17 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_jax.data.config import Labels
+from qwen3_jax.data.config import Labels, Turns
 from qwen3_jax.data.source import Document
 from qwen3_jax.text import chat
 from qwen3_jax.text.tokenizer import Tokenizer, fingerprint, load_tokenizer
 
 _log = logging.getLogger(__name__)
 
-_HEADER = struct.Struct("<I?")  # number of tokens, is_text
+# Number of tokens; and what the document is: a chat, a text, or a chat of several examples, whose number and lengths
+# then follow.
+_HEADER = struct.Struct("<IB")
+_CHAT, _TEXT, _ROUNDS = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,28 +57,43 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A complete document as one example, its labels, and whether it is a text or a chat."""
+    """A complete document: one example, or one for each round of a chat; its labels; whether it is a text."""
 
-    example: Example
+    examples: tuple[Example, ...]
     labels: Labels
     is_text: bool
 
+    def __len__(self) -> int:
+        """The tokens of the document: the last example of a chat has all rounds."""
+        return len(self.examples[-1])
+
     def to_bytes(self) -> bytes:
         """The record of an ArrayRecord shard."""
-        header = _HEADER.pack(len(self.example), self.is_text)
-        tokens, mask = self.example.tokens_N.astype("<i4"), np.packbits(self.example.loss_mask_N)
+        lengths = [len(example) for example in self.examples]
+        several = len(lengths) > 1
+        header = _HEADER.pack(sum(lengths), _ROUNDS if several else _TEXT if self.is_text else _CHAT)
+        if several:
+            header += np.array([len(lengths), *lengths], "<u4").tobytes()
+        tokens = np.concatenate([example.tokens_N for example in self.examples]).astype("<i4")
+        mask = np.packbits(np.concatenate([example.loss_mask_N for example in self.examples]))
         labels = json.dumps(self.labels, ensure_ascii=False).encode() if self.labels else b""
         return header + tokens.tobytes() + mask.tobytes() + labels
 
     @classmethod
     def from_bytes(cls, record: bytes) -> Encoded:
         """The inverse of `to_bytes`."""
-        count, is_text = _HEADER.unpack_from(record)
-        tokens_N = np.frombuffer(record, "<i4", count, _HEADER.size)
-        start = _HEADER.size + 4 * count
+        count, kind = _HEADER.unpack_from(record)
+        start, cuts = _HEADER.size, []
+        if kind == _ROUNDS:
+            (number,) = np.frombuffer(record, "<u4", 1, start)
+            cuts = np.frombuffer(record, "<u4", number, start + 4).cumsum()[:-1].tolist()
+            start += 4 + 4 * int(number)
+        tokens = np.frombuffer(record, "<i4", count, start)
+        start += 4 * count
         stop = start + (count + 7) // 8
-        loss_mask_N = np.unpackbits(np.frombuffer(record[start:stop], np.uint8), count=count)
-        return cls(Example(tokens_N, loss_mask_N), json.loads(record[stop:] or b"{}"), is_text)
+        mask = np.unpackbits(np.frombuffer(record[start:stop], np.uint8), count=count)
+        examples = map(Example, np.split(tokens, cuts), np.split(mask, cuts))
+        return cls(tuple(examples), json.loads(record[stop:] or b"{}"), kind == _TEXT)
 
 
 class Encoder:
@@ -82,18 +102,20 @@ class Encoder:
     fingerprint: of what the ids of a document depend on.
     """
 
-    def __init__(self, tokenizer: Tokenizer, modes: chat.Modes = "hybrid", fingerprint: str = "") -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, modes: chat.Modes = "hybrid", turns: Turns = "auto", fingerprint: str = ""
+    ) -> None:
         self.tokenizer, self.fingerprint = tokenizer, fingerprint
-        self._modes = modes
+        self._modes, self._turns = modes, turns
         _, self._end_of_text = tokenizer.eos_ids
 
     @classmethod
-    def of(cls, directory: str) -> Encoder:
+    def of(cls, directory: str, turns: Turns = "auto") -> Encoder:
         """The encoder for a model's directory. A base model, which has no chat format, learns the hybrid one."""
         modes = chat.modes_of(directory)
         modes = "hybrid" if modes == "base" else modes
-        suffix = "" if modes == "hybrid" else f"-{modes}"
-        return cls(load_tokenizer(directory), modes, fingerprint(directory) + suffix)
+        parts = [fingerprint(directory), *([modes] if modes != "hybrid" else []), *([turns] if turns != "auto" else [])]
+        return cls(load_tokenizer(directory), modes, turns, "-".join(parts))
 
     def __call__(self, document: Document) -> Encoded:
         """The document with its end-of-text id or last turn, N > 1; N = 0 for a blank text.
@@ -107,27 +129,43 @@ class Encoder:
             record = _parse(document)
             if "text" in record:
                 text_ids_N = self.tokenizer.encode(record["text"]) if record["text"].strip() else []
-                ids_N: Sequence[int] = [*text_ids_N, self._end_of_text] if text_ids_N else []
-                mask_N = np.ones(len(ids_N), np.uint8)
+                ids_N = [*text_ids_N, self._end_of_text] if text_ids_N else []
+                examples = [Example(np.array(ids_N, np.int32), np.ones(len(ids_N), np.uint8))]
             else:
-                ids_N, mask_N = self._encode_chat(record)
+                examples = self._encode_chat(record)
         except ValueError as error:
             raise ValueError(f"{document.location}: {error}") from error
-        return Encoded(Example(np.array(ids_N, np.int32), mask_N), record["labels"], "text" in record)
+        return Encoded(tuple(examples), record["labels"], "text" in record)
 
-    def _encode_chat(self, record: dict[str, Any]) -> tuple[Sequence[int], np.ndarray]:
-        """Ids and loss mask."""
+    def _encode_chat(self, record: dict[str, Any]) -> list[Example]:
+        messages = record["messages"]
+        chat.validate_messages(messages)
+        starts, turns = chat.round_starts(messages), self._turns
+        if turns == "auto":
+            turns = "each" if self._modes != "instruct" and chat.loses_thoughts(messages) else "all"
+        if turns == "all":
+            return [self._example(record, len(messages), 0)]
+        rounds = list(zip(starts, [*starts[1:], len(messages)], strict=True))
+        examples = [
+            self._example(record, stop, start)
+            for start, stop in (rounds if turns == "each" else rounds[-1:])
+            if any(message["role"] == "assistant" for message in messages[start:stop])
+        ]
+        return examples or [self._example(record, len(messages), len(messages))]
+
+    def _example(self, record: dict[str, Any], stop: int, first: int) -> Example:
+        """The messages before `stop`; those of the assistant from `first` on are in the loss."""
+        messages = record["messages"][:stop]
         rendered = chat.render(
-            record["messages"],
-            self.tokenizer,
-            tools=record.get("tools"),
-            add_generation_prompt=False,
-            modes=self._modes,
+            messages, self.tokenizer, tools=record.get("tools"), add_generation_prompt=False, modes=self._modes
         )
         mask_N = np.array(rendered.loss_mask(), np.uint8)
+        turns = [span for span in rendered.spans if span.role == "assistant"]
+        for span in turns[: sum(message["role"] == "assistant" for message in messages[:first])]:
+            mask_N[span.start : span.stop] = 0
         for text in record.get("no_loss", []):
             mask_N[self._holds(text, rendered.ids)] = 0
-        return rendered.ids, mask_N
+        return Example(np.array(rendered.ids, np.int32), mask_N)
 
     def _holds(self, text: str, ids_N: Sequence[int]) -> np.ndarray:
         """[N] bool: whether the token overlaps an occurrence of `text`."""
@@ -159,18 +197,21 @@ class Cutter:
 
     def __call__(self, encoded: Encoded, document: Document) -> list[Example]:
         """The examples of a document that have a token in the loss, 1 < N <= T. `document` is used for the log only."""
-        full, length = encoded.example, self._sequence_length
-        if not len(full):
+        length = self._sequence_length
+        if not len(encoded):
             self._log(document, "no text", "blank texts passed over")
-        elif not encoded.is_text and len(full) > length:
-            self._log(document, f"chat of {len(full)} tokens truncated to sequence_length {length}", "truncated")
+        if (number := len(encoded.examples)) > 1:
+            self._log(document, f"thoughts in earlier rounds: {number} examples, one a round", "chats in rounds")
         examples = []
-        for i in range(0, len(full) - 1, length - 1) if encoded.is_text else range(1):
-            example = Example(full.tokens_N[i : i + length], full.loss_mask_N[i : i + length])
-            if example.loss_mask_N[1:].any():
-                examples.append(example)
-            else:
-                self._log(document, f"none of {len(example)} tokens is in the loss", "examples dropped")
+        for full in encoded.examples:
+            if not encoded.is_text and len(full) > length:
+                self._log(document, f"chat of {len(full)} tokens truncated to sequence_length {length}", "truncated")
+            for i in range(0, len(full) - 1, length - 1) if encoded.is_text else range(1):
+                example = Example(full.tokens_N[i : i + length], full.loss_mask_N[i : i + length])
+                if example.loss_mask_N[1:].any():
+                    examples.append(example)
+                else:
+                    self._log(document, f"none of {len(example)} tokens is in the loss", "examples dropped")
         return examples
 
     def _log(self, document: Document, what: str, kind: str) -> None:

@@ -63,7 +63,7 @@ class Stream:
         encoded = self._encode(document)
         low, high = self.source.tokens or (0, math.inf)
         fraction = self.source.epoch_fraction(encoded.labels)
-        if fraction == 0 or not low <= len(encoded.example) <= high:
+        if fraction == 0 or not low <= len(encoded) <= high:
             return Drawn([], encoded.labels, eligible=False)
         # Used in the epochs in which phase + epoch * fraction passes an integer: with a fraction of 0.3, in three of
         # ten epochs, evenly spaced. The phase spreads the documents over the epochs.
@@ -86,7 +86,7 @@ class Mixture:
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
-        encode, cut = Encoder.of(config.tokenizer), Cutter(config.sequence_length)
+        encode, cut = Encoder.of(config.tokenizer, config.turns), Cutter(config.sequence_length)
         self.pad_id = encode.tokenizer.pad_id
         self.streams = [Stream(source, encode, cut, config) for source in config.sources]
         self.order = {

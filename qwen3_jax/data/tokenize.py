@@ -21,7 +21,7 @@ from pathlib import Path
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from qwen3_jax.data import manifest
-from qwen3_jax.data.config import SourceConfig
+from qwen3_jax.data.config import SourceConfig, Turns
 from qwen3_jax.data.counts import Counts
 from qwen3_jax.data.examples import Encoded, Encoder
 from qwen3_jax.data.manifest import Manifest
@@ -37,6 +37,7 @@ def tokenize_source(
     directory: Path,
     *,
     workers: int,
+    turns: Turns = "auto",
     documents_per_shard: int = DOCUMENTS_PER_SHARD,
     progress: Callable[[Counts, int], None] = lambda done, total: None,
 ) -> Manifest:
@@ -46,6 +47,7 @@ def tokenize_source(
       tokenizer: directory of the tokenizer.
       directory: of the shards.
       workers: number of processes.
+      turns: what of a chat with several rounds is learnt.
       progress: called after each shard, in their order, with the counts so far and the total number of documents.
 
     Raises:
@@ -60,7 +62,7 @@ def tokenize_source(
         source.licence,
         source.origin,
         list(source.languages),
-        tokenizer=Encoder.of(tokenizer).fingerprint,
+        tokenizer=Encoder.of(tokenizer, turns).fingerprint,
         documents=len(documents),
         documents_per_shard=documents_per_shard,
     )
@@ -70,7 +72,7 @@ def tokenize_source(
     starts = range(0, len(documents), documents_per_shard)
     files = [directory / f"{number:06d}.arrayrecord" for number in range(len(starts))]
     indices = [range(len(documents))[start : start + documents_per_shard] for start in starts]
-    make_shard = functools.partial(_make_shard, source.paths, tokenizer)
+    make_shard = functools.partial(_make_shard, source.paths, tokenizer, turns)
     total, shards = Counts(), {}
     spawn = multiprocessing.get_context("spawn")  # a forked child of a process with jax's threads may hang
     with concurrent.futures.ProcessPoolExecutor(workers, spawn, initializer=end_with_parent) as pool:
@@ -100,12 +102,12 @@ def _begin(path: Path, begun: Manifest) -> None:
 
 
 @functools.cache  # once in each worker process
-def _open(paths: tuple[str, ...], tokenizer: str) -> tuple[DocumentSource, Encoder]:
-    return DocumentSource(paths), Encoder.of(tokenizer)
+def _open(paths: tuple[str, ...], tokenizer: str, turns: Turns) -> tuple[DocumentSource, Encoder]:
+    return DocumentSource(paths), Encoder.of(tokenizer, turns)
 
 
-def _make_shard(paths: tuple[str, ...], tokenizer: str, path: Path, indices: range) -> Counts:
-    documents, encode = _open(paths, tokenizer)
+def _make_shard(paths: tuple[str, ...], tokenizer: str, turns: Turns, path: Path, indices: range) -> Counts:
+    documents, encode = _open(paths, tokenizer, turns)
     if (found := _count(path)).documents == len(indices):
         return found
     counts = Counts()
@@ -114,7 +116,7 @@ def _make_shard(paths: tuple[str, ...], tokenizer: str, path: Path, indices: ran
         for index in indices:
             encoded = encode(documents[index])
             writer.write(encoded.to_bytes())
-            counts = counts.plus(Counts.of(encoded.example))
+            counts = counts.plus(_counts(encoded))
         writer.close()
     return counts
 
@@ -125,8 +127,12 @@ def _count(path: Path) -> Counts:
         records = ArrayRecordReader(str(path)).read_all() if path.exists() else []
     except RuntimeError:
         records = []
-    counts = (Counts.of(Encoded.from_bytes(record).example) for record in records)
-    return functools.reduce(Counts.plus, counts, Counts())
+    return functools.reduce(Counts.plus, (_counts(Encoded.from_bytes(record)) for record in records), Counts())
+
+
+def _counts(encoded: Encoded) -> Counts:
+    parts = (Counts.of(example, begins=number == 0) for number, example in enumerate(encoded.examples))
+    return functools.reduce(Counts.plus, parts, Counts())
 
 
 def _write_manifest(path: Path, content: Manifest) -> None:

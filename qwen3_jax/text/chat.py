@@ -213,6 +213,21 @@ def validate_messages(messages: Sequence[Message]) -> None:
         _validate_tool_calls(message.get("tool_calls"), f"{where}.tool_calls")
 
 
+def round_starts(messages: Sequence[Message]) -> list[int]:
+    """The indices of the user queries (a user message that holds a tool's result is none): each begins a round. A
+    conversation without queries is one round."""
+    return [i for i, message in enumerate(messages) if _is_query(message)] or [0]
+
+
+def loses_thoughts(messages: Sequence[Message]) -> bool:
+    """Whether an assistant turn before the last round has a thought, which `render` drops."""
+    return any(
+        message["role"] == "assistant"
+        and (message.get("reasoning_content") or "</think>" in (message.get("content") or ""))
+        for message in messages[: round_starts(messages)[-1]]
+    )
+
+
 def flag_mode(messages: Sequence[Message]) -> bool | None:
     """The mode that the conversation's flags select: True thinking, False non-thinking, None without a flag.
 

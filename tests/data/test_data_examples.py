@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen3_jax.data.config import Turns
 from qwen3_jax.data.examples import Cutter, Encoded, Encoder, Example
 from qwen3_jax.data.source import Document, DocumentSource
+from qwen3_jax.text.chat import Modes
 from qwen3_jax.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
 STOP_TEXT = (
@@ -61,7 +63,7 @@ def test_text_ends_in_end_of_text_and_is_all_in_the_loss(tokenizer: Tokenizer) -
     assert tokenizer.decode(example.tokens_N.tolist()) == "the user<|endoftext|>"
     assert example.loss_mask_N.tolist() == [1] * len(example.tokens_N)
     plain = Encoder(tokenizer)(Document("a.txt", 0, b"the user\r\n", "text"))
-    np.testing.assert_array_equal(plain.example.tokens_N, example.tokens_N)
+    np.testing.assert_array_equal(plain.examples[0].tokens_N, example.tokens_N)
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5, 11])
@@ -157,7 +159,7 @@ def test_examples_without_a_token_in_the_loss_are_dropped_and_counted(
 def test_a_byte_order_mark_is_not_of_the_text(tokenizer: Tokenizer, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(b"\xef\xbb\xbf" + (b'{"text": "ab"}\n{"text": "c"}' if suffix == "jsonl" else b"ab\n\nc"))
-    ids = [Encoder(tokenizer)(document).example.tokens_N for document in DocumentSource([str(path)])]
+    ids = [Encoder(tokenizer)(document).examples[0].tokens_N for document in DocumentSource([str(path)])]
     assert [tokenizer.decode(each.tolist(), skip_special=True) for each in ids] == ["ab", "c"]
 
 
@@ -172,7 +174,7 @@ def test_the_chat_format_is_that_of_the_tokenizers_directory(tokenizer: Tokenize
     said = [
         encode.tokenizer.decode(np.extract(encoded.loss_mask_N, encoded.tokens_N).tolist())
         for encode in (hybrid, instruct)
-        for encoded in [encode(document).example]
+        for encoded in encode(document).examples
     ]
     assert said == ["<think>\n\n</think>\n\n4<|im_end|>", "4<|im_end|>"]
     assert instruct.fingerprint == f"{hybrid.fingerprint}-instruct"
@@ -190,19 +192,69 @@ def test_labels_come_along_and_nulls_are_none(tokenizer: Tokenizer) -> None:
     assert Encoder(tokenizer)(document).labels == {"domain": "math"}
 
 
+EXAMPLES = st.lists(st.lists(st.tuples(st.integers(0, 151_935), st.booleans()), min_size=2), min_size=1, max_size=3)
+
+
 @settings(max_examples=50)
-@given(st.lists(st.tuples(st.integers(0, 151_935), st.booleans()), min_size=2), st.booleans())
-def test_records_of_token_files_give_everything_back(pairs: list[tuple[int, bool]], is_text: bool) -> None:
-    ids, mask = zip(*pairs, strict=True)
-    encoded = Encoded(
-        Example(np.array(ids, np.int32), np.array(mask, np.uint8)), {"domain": "ü"} if mask[0] else {}, is_text
-    )
+@given(EXAMPLES, st.booleans(), st.booleans())
+def test_records_of_token_files_give_everything_back(
+    parts: list[list[tuple[int, bool]]], is_text: bool, has_labels: bool
+) -> None:
+    arrays = [np.array(pairs).T for pairs in parts]
+    examples = tuple(Example(ids.astype(np.int32), mask.astype(np.uint8)) for ids, mask in arrays)
+    encoded = Encoded(examples, {"domain": "ü"} if has_labels else {}, is_text and len(parts) == 1)
     again = Encoded.from_bytes(encoded.to_bytes())
-    assert (again.labels, again.is_text) == (encoded.labels, encoded.is_text)
-    np.testing.assert_array_equal(again.example.tokens_N, ids)
-    np.testing.assert_array_equal(again.example.loss_mask_N, mask)
-    assert again.example.tokens_N.dtype == np.int32
-    assert again.example.loss_mask_N.dtype == np.uint8
+    assert (again.labels, again.is_text, len(again)) == (encoded.labels, encoded.is_text, len(parts[-1]))
+    for found, expected in zip(again.examples, examples, strict=True):
+        np.testing.assert_array_equal(found.tokens_N, expected.tokens_N)
+        np.testing.assert_array_equal(found.loss_mask_N, expected.loss_mask_N)
+        assert (found.tokens_N.dtype, found.loss_mask_N.dtype) == (np.int32, np.uint8)
+
+
+ROUNDS = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "<think>\nx\n</think>\n\nb"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "", "reasoning_content": "y", "tool_calls": [{"name": "f", "arguments": "{}"}]},
+    {"role": "tool", "content": "1"},
+    {"role": "assistant", "content": "d", "reasoning_content": "z"},
+    {"role": "user", "content": "e"},
+    {"role": "assistant", "content": "f"},
+]
+LEARNT = [
+    "<think>\nx\n</think>\n\nb<|im_end|>",
+    '<think>\ny\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>'
+    "<think>\nz\n</think>\n\nd<|im_end|>",
+    "<think>\n\n</think>\n\nf<|im_end|>",
+]
+
+
+def test_each_round_is_learnt_as_it_stood_when_it_was_written(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A template drops the thoughts of earlier rounds: learnt from the complete chat, they would teach not to think."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": ROUNDS}))
+    (document,) = DocumentSource([str(path)])
+
+    def learnt(turns: Turns, modes: Modes = "hybrid") -> list[str]:
+        encoded = Encoder(tokenizer, modes, turns)(document)
+        assert Encoded.from_bytes(encoded.to_bytes()).labels == {}
+        return [_in_loss(tokenizer, example) for example in Cutter(1024)(encoded, document)]
+
+    with caplog.at_level(logging.WARNING):
+        assert learnt("auto") == learnt("each") == LEARNT
+    assert [record.message for record in caplog.records][:1] == [
+        f"{path}:1: thoughts in earlier rounds: 3 examples, one a round; 1 chats in rounds so far"
+    ]
+    assert learnt("last") == LEARNT[-1:]
+    (everything,) = learnt("all")
+    assert everything.startswith("b<|im_end|>")
+    assert everything.endswith(LEARNT[-1])
+    assert len(learnt("auto", "instruct")) == 1  # such a model writes no thoughts
+    plain = [{**message, "reasoning_content": None, "content": "g"} for message in ROUNDS[:3] + ROUNDS[7:]]
+    document = Document("a.jsonl", 0, json.dumps({"messages": plain}).encode())
+    assert len(learnt("auto")) == 1
 
 
 MALFORMED = [
