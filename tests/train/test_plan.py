@@ -248,7 +248,7 @@ def test_a_name_for_other_files_than_in_a_stage_before_is_not_tokenised(tmp_path
     first, s2, rest = text.partition("  s2:")
     (tmp_path / "plan.yaml").write_text(first + s2 + rest.replace("train.jsonl", "other.jsonl", 1))
     args = argparse.Namespace(config=tmp_path / "plan.yaml", out=tmp_path / "ids", workers=1, documents_per_shard=9)
-    with pytest.raises(ValueError, match=r"^stages\.s2\.data\.sources\.all: other paths or another tokenizer"):
+    with pytest.raises(ValueError, match=r"^stages\.s2\.data\.sources\.all: other paths, turns or another tokenizer"):
         tokenize.run(args)
 
 
