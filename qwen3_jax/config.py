@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -311,7 +311,8 @@ def _check_kinds(config: Any, prefix: str = "") -> None:
             continue
         types, instead = _KINDS[kind]
         is_kind = isinstance(value, types) and isinstance(value, bool) == (bool in types)
-        if not is_kind or not math.isfinite(value):
+        # Not math.isfinite: it raises for whole numbers that no float can hold.
+        if not is_kind or not abs(value) <= sys.float_info.max:
             raise ValueError(f"{prefix}{field.name}: {value!r}; use {instead}")
 
 

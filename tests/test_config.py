@@ -200,6 +200,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "number as text": ({"num_hidden_layers": "28"}, "num_hidden_layers: '28'; use a whole number"),
     "fraction": ({"hidden_size": 1024.5}, "hidden_size: 1024.5; use a whole number"),
     "truth for a number": ({"vocab_size": True}, "vocab_size: True; use a whole number"),
+    "too large": ({"rope_theta": 10**400}, "rope_theta: 10*; use a number"),
+    "too large for a size": ({"hidden_size": 10**400}, "hidden_size: 10*; use a whole number"),
     "not finite": ({"rope_theta": float("nan")}, "rope_theta: nan; use a number"),
     "text for a truth": ({"tie_word_embeddings": "false"}, "tie_word_embeddings: 'false'; use true or false"),
     "eos as text": ({"eos_token_id": "151645"}, "eos_token_id: '151645'; use a whole number or a list of them"),

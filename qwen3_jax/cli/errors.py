@@ -26,9 +26,8 @@ def exits_cleanly(main: Callable[P, T]) -> Callable[P, T]:
             sys.stdout.flush()
             return result
         except BrokenPipeError:  # whoever read the output has gone, as in `... | head`
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # Python flushes stdout once more at its exit
+            # Python flushes stdout once more at its exit, which must not fail.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             end_others("broken pipe")
             sys.exit(128 + signal.SIGPIPE)
         except (ValueError, FloatingPointError, OSError) as error:

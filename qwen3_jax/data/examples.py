@@ -97,25 +97,16 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes documents with one tokenizer, and chats in the format of one kind of model.
+    """Encodes documents with one tokenizer, and chats in the format of one kind of model."""
 
-    fingerprint: of what the ids of a document depend on.
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, modes: chat.Modes = "hybrid", turns: Turns = "auto", fingerprint: str = ""
-    ) -> None:
-        self.tokenizer, self.fingerprint = tokenizer, fingerprint
-        self._modes, self._turns = modes, turns
+    def __init__(self, tokenizer: Tokenizer, modes: chat.Modes = "hybrid", turns: Turns = "auto") -> None:
+        self.tokenizer, self._modes, self._turns = tokenizer, modes, turns
         _, self._end_of_text = tokenizer.eos_ids
 
     @classmethod
     def of(cls, directory: str, turns: Turns = "auto") -> Encoder:
-        """The encoder for a model's directory. A base model, which has no chat format, learns the hybrid one."""
-        modes = chat.modes_of(directory)
-        modes = "hybrid" if modes == "base" else modes
-        parts = [fingerprint(directory), *([modes] if modes != "hybrid" else []), *([turns] if turns != "auto" else [])]
-        return cls(load_tokenizer(directory), modes, turns, "-".join(parts))
+        """The encoder for a model's directory."""
+        return cls(load_tokenizer(directory), _learnt_modes(directory), turns)
 
     def __call__(self, document: Document) -> Encoded:
         """The document with its end-of-text id or last turn, N > 1; N = 0 for a blank text.
@@ -186,6 +177,19 @@ class Encoder:
         for found in re.finditer(re.escape(literal), "".join(pieces)):
             held_N |= (starts_N < found.end()) & (stops_N > found.start())
         return held_N
+
+
+def encoding_of(directory: str, turns: Turns) -> str:
+    """A fingerprint of what the ids of a document depend on: the tokenizer, and the format of chats."""
+    modes = _learnt_modes(directory)
+    parts = [fingerprint(directory), *([modes] if modes != "hybrid" else []), *([turns] if turns != "auto" else [])]
+    return "-".join(parts)
+
+
+def _learnt_modes(directory: str) -> chat.Modes:
+    """Those of the directory. A base model, which has no chat format, learns the hybrid one."""
+    modes = chat.modes_of(directory)
+    return "hybrid" if modes == "base" else modes
 
 
 class Cutter:

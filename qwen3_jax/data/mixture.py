@@ -7,7 +7,7 @@ import hashlib
 import math
 
 from qwen3_jax.data.config import DataConfig, Labels, SourceConfig
-from qwen3_jax.data.examples import Cutter, Encoder, Example
+from qwen3_jax.data.examples import Cutter, Encoder, Example, encoding_of
 from qwen3_jax.data.source import DocumentSource
 
 
@@ -31,7 +31,7 @@ class Stream:
       ValueError: naming the path that cannot be used, or the source that another tokenizer has tokenised.
     """
 
-    def __init__(self, source: SourceConfig, encode: Encoder, cut: Cutter, data: DataConfig):
+    def __init__(self, source: SourceConfig, encode: Encoder, cut: Cutter, data: DataConfig, encoding: str):
         self.source = source
         self._encode, self._cut, self._shuffle = encode, cut, data.shuffle
         self._salt = uniform(data.seed, source.name)
@@ -43,11 +43,10 @@ class Stream:
             "tokens": list(source.tokens) if source.tokens else None,
             "label_weights": source.label_weights,
         }
-        for theirs in self._documents.tokenizers - {encode.fingerprint}:
+        for theirs in self._documents.tokenizers - {encoding}:
             raise ValueError(
                 f"sources.{source.name}: tokenised by another tokenizer ({theirs}) than {data.tokenizer!r} "
-                f"({encode.fingerprint}); "
-                "use files that `qwen3-jax tokenize` made with this one"
+                f"({encoding}); use files that `qwen3-jax tokenize` made with this one"
             )
 
     def draw(self, position: int) -> Drawn:
@@ -88,13 +87,14 @@ class Mixture:
         self.config = config
         encode, cut = Encoder.of(config.tokenizer, config.turns), Cutter(config.sequence_length)
         self.pad_id = encode.tokenizer.pad_id
-        self.streams = [Stream(source, encode, cut, config) for source in config.sources]
+        encoding = encoding_of(config.tokenizer, config.turns)
+        self.streams = [Stream(source, encode, cut, config, encoding) for source in config.sources]
         self.order = {
             "seed": config.seed,
             "shuffle": config.shuffle,
             "batch_size": config.batch_size,
             "sequence_length": config.sequence_length,
-            "tokenizer": encode.fingerprint,
+            "tokenizer": encoding,
             "sources": {stream.source.name: stream.order for stream in self.streams},
         }
 

@@ -23,7 +23,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from qwen3_jax.data import manifest
 from qwen3_jax.data.config import SourceConfig, Turns
 from qwen3_jax.data.counts import Counts
-from qwen3_jax.data.examples import Encoded, Encoder
+from qwen3_jax.data.examples import Encoded, Encoder, encoding_of
 from qwen3_jax.data.manifest import Manifest
 from qwen3_jax.data.source import DocumentSource
 from qwen3_jax.data.workers import end_with_parent
@@ -62,7 +62,7 @@ def tokenize_source(
         source.licence,
         source.origin,
         list(source.languages),
-        tokenizer=Encoder.of(tokenizer, turns).fingerprint,
+        tokenizer=encoding_of(tokenizer, turns),
         documents=len(documents),
         documents_per_shard=documents_per_shard,
     )

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_jax.data.config import Turns
-from qwen3_jax.data.examples import Cutter, Encoded, Encoder, Example
+from qwen3_jax.data.examples import Cutter, Encoded, Encoder, Example, encoding_of
 from qwen3_jax.data.source import Document, DocumentSource
 from qwen3_jax.text.chat import Modes
 from qwen3_jax.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
@@ -167,7 +167,7 @@ def test_the_chat_format_is_that_of_the_tokenizers_directory(tokenizer: Tokenize
     """An instruct model learns no think block, and what was tokenised for it is refused for a hybrid one."""
     train_sentencepiece(["the user asks"], tmp_path / "tokenizer.model", vocab_size=400)
     document = Document("a.jsonl", 0, json.dumps(_chat("4")).encode())
-    hybrid = Encoder.of(str(tmp_path))
+    hybrid, before = Encoder.of(str(tmp_path)), encoding_of(str(tmp_path), "auto")
     template = "{{ message.content }}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     (tmp_path / "chat_template.jinja").write_text(template)
     instruct = Encoder.of(str(tmp_path))
@@ -177,7 +177,7 @@ def test_the_chat_format_is_that_of_the_tokenizers_directory(tokenizer: Tokenize
         for encoded in encode(document).examples
     ]
     assert said == ["<think>\n\n</think>\n\n4<|im_end|>", "4<|im_end|>"]
-    assert instruct.fingerprint == f"{hybrid.fingerprint}-instruct"
+    assert encoding_of(str(tmp_path), "auto") == f"{before}-instruct"
 
 
 def test_null_counts_as_absent(tokenizer: Tokenizer) -> None:
