@@ -199,10 +199,29 @@ def find_verified(directory: str | Path | epath.Path, announce: Callable[[str], 
     return None
 
 
+def find_params(directory: str | Path | epath.Path, announce: Callable[[str], None]) -> epath.Path | None:
+    """Where the Orbax weights of a directory are: those that `qwen3-jax convert` wrote, or those of a training run's
+    newest verified checkpoint, which is announced. None where the directory is neither's.
+
+    Raises:
+      ValueError: the run has no checkpoint that is whole.
+    """
+    directory = epath.Path(directory)
+    if (directory / PARAMS).is_dir():
+        return absolute(directory / PARAMS)
+    if not (directory / CHECKPOINTS).is_dir():
+        return None
+    newest = find_verified(directory / CHECKPOINTS, announce)
+    if newest is None:
+        raise ValueError(f"{str(directory)!r} holds no checkpoint; use a run that has saved one")
+    announce(f"{directory}: weights of step {newest.name}")
+    return newest / PARAMS
+
+
 def restore_params(path: epath.Path, params: Any) -> Any:
-    """The weights of the checkpoint `path`, with the shapes and shardings of the abstract arrays `params`."""
+    """The weights that `find_params` found, with the shapes, dtypes and shardings of the abstract arrays `params`."""
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path / PARAMS, params)
+        return checkpointer.restore(path, params)
 
 
 def absolute(directory: str | Path | epath.Path) -> epath.Path:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from qwen3_jax import hf
-from qwen3_jax.checkpoint import CHECKPOINTS, PARAMS, absolute, find_verified
+from qwen3_jax.checkpoint import PARAMS, find_params, restore_params
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.text.tokenizer import TOKENIZER_FILES
 
@@ -30,9 +30,13 @@ def convert(source: epath.Path | Path, target: Path) -> None:
       ValueError: `source` is neither kind of checkpoint or is damaged, or `target` exists and is not empty.
     """
     console = Console()
+
+    def announce(text: str) -> None:
+        console.print(text, soft_wrap=True, highlight=False)
+
     # On the CPU: the host's memory holds models that one accelerator's does not.
     with hf.new_directory(target) as building, jax.default_device(jax.local_devices(backend="cpu")[0]):
-        if (orbax := _find_orbax(source, console)) is not None:
+        if (orbax := find_params(source, announce)) is not None:
             config, params = ModelConfig.from_hf(source), _load_orbax(orbax)
             hf.save_checkpoint(building, config, params, track=partial(track, description="writing", console=console))
         else:
@@ -55,25 +59,11 @@ def _save_orbax(directory: Path, config: ModelConfig, params: dict[str, Any]) ->
         checkpointer.save(directory.absolute() / PARAMS, params)
 
 
-def _find_orbax(source: epath.Path | Path, console: Console) -> epath.Path | None:
-    """The directory of the Orbax weights of `source` (of a training run: the newest verified); None without any."""
-    if (source / PARAMS).is_dir():
-        return absolute(source / PARAMS)
-    if not (source / CHECKPOINTS).is_dir():
-        return None
-    newest = find_verified(source / CHECKPOINTS, console.print)
-    if newest is None:
-        raise ValueError(f"source: {str(source / CHECKPOINTS)!r} is empty; use a run that has saved a checkpoint")
-    console.print(f"{source}: step {newest.name}", soft_wrap=True, highlight=False)
-    return newest / PARAMS
-
-
 def _load_orbax(path: epath.Path) -> dict[str, Any]:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     held = ocp.StandardCheckpointHandler().metadata(path).tree
     wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), held)
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, wanted)
+    return restore_params(path, wanted)
 
 
 def _size(path: Path) -> int:

@@ -157,9 +157,9 @@ class Result:
     thinking_tokens: N, tokens sampled inside the thought (with those already in the prompt's open thought).
     injected_tokens: forced tokens, of the stop text or of the empty block.
     answer_tokens: tokens after the thought, the end-of-sequence token included.
-    thinking_end: natural, budget, auto, off (non-thinking mode), none (never opened), eos, or length; open where the
-      result is of a row that has not finished and still thinks.
-    finish_reason: stop or length.
+    thinking_end: natural, budget, room (a finite budget was cut, so that an answer fits), auto, off (non-thinking
+      mode), none (never opened), eos, or length; open where the result is of a row that has not finished and thinks.
+    finish_reason: eos, length, or stop (a stop text).
     logprobs: log-probability of each token under the unmodified logits, in nats.
     forced: which tokens were forced.
 

@@ -1,13 +1,50 @@
-"""Argument types for argparse."""
+"""Command lines: a parser whose errors are one line, and types of arguments."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from etils import epath
 
 from qwen3_jax.checkpoint import CHECKPOINTS
+from qwen3_jax.train.start import code_version
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses a command line in one line, with the flag that was probably meant."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help lists what there is")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = self.parse_known_args(args, namespace)
+        self.refuse(rest)
+        return found
+
+    def refuse(self, words: Sequence[str]) -> None:
+        """Refuses words that the command line has too many."""
+        for word in words[:1]:
+            flags = re.findall(r"(?<!\S)--[a-z][\w-]*", self.format_help())
+            raise ValueError(f"{word}: no such argument{did_you_mean(word.partition('=')[0], flags)}")
+
+
+def did_you_mean(word: str, known: Collection[str], prefix: str = "") -> str:
+    """The end of a message about an unknown word: the nearest known one, if one is near."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def version() -> str:
+    """This package and those that decide what a run computes, for `--version`."""
+    return ", ".join(f"{name} {number}" for name, number in code_version().items())
 
 
 def one_run(text: str) -> epath.Path:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
+import inspect
+import re
+import textwrap
 import typing
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -11,7 +14,9 @@ from typing import Any
 
 import draccus
 import yaml
+from etils import epath
 
+from qwen3_jax.cli.arguments import did_you_mean
 from qwen3_jax.config import ModelConfig
 
 T = typing.TypeVar("T")
@@ -27,22 +32,30 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
 
 
 def decode_config(cls: type[T], raw: dict[str, Any], overrides: Sequence[str], where: str) -> T:
-    """`cls` from nested mappings, with `--section.key value` overrides. Error messages begin with `where`."""
-    unknown = [word for word in overrides if word.startswith("--") and word[2:].split("=")[0] not in _keys(cls)]
-    if unknown:
-        key = unknown[0][2:].split("=")[0]
-        near = difflib.get_close_matches(key, _keys(cls), n=1)
-        raise ValueError(f"--{key}: no such key" + (f"; did you mean --{near[0]}?" if near else ""))
+    """`cls` from nested mappings, with `--section.key value` overrides. Error messages begin with `where`.
+
+    Where `cls` has a `model`, it may be a name, a YAML file or a directory (see `load_model`); without one, it is that
+    of `init_from`. The tokenizer of `data` and `eval_data` is that of `init_from` too, where none is given.
+    """
+    changes = _parse_overrides(overrides)
+    for key in _flat(changes):
+        # An element of a list is named by its name: data.sources.NAME.paths.
+        plain = re.sub(r"\bsources\.[^.]+\.", "sources.", key)
+        if plain not in (known := list(_fields(cls))):
+            raise ValueError(f"--{key}: no such key{did_you_mean(plain, known, '--')}")
     try:
-        return draccus.decode(cls, _merged(raw, _parse_overrides(overrides)))
+        tree = _with_start(cls, _merged(_with_model(raw), changes))
+        _refuse_unknown(cls, tree)
+        return draccus.decode(cls, tree)
     except (draccus.utils.DraccusException, yaml.YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: {_one_line(error)}") from None
 
 
 def load_model(model: str) -> ModelConfig:
-    """The model of a name in configs/model, or of a YAML file like those."""
-    is_file = Path(model).suffix in (".yaml", ".yml")
-    return load_config(ModelConfig, model) if is_file else ModelConfig.preset(model)
+    """The model of a name in configs/model, of a YAML file like those, or of a directory with a config.json."""
+    if Path(model).suffix in (".yaml", ".yml"):
+        return load_config(ModelConfig, model)
+    return ModelConfig.from_hf(model) if (epath.Path(model) / "config.json").exists() else ModelConfig.preset(model)
 
 
 def load_stages(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> dict[str, T]:
@@ -105,24 +118,107 @@ def _of_stage(words: Sequence[str], name: str, stages: Collection[str]) -> list[
 
 
 def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`tree` updated with `changes`, recursively where both hold a mapping."""
+    """`tree` updated with `changes`, recursively where both hold a mapping; in a list of mappings by their names."""
     merged = dict(tree)
     for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(tree.get(key), dict)
-        merged[key] = _merged(tree[key], value) if both else value
+        old = tree.get(key)
+        if isinstance(value, dict) and isinstance(old, list) and all(isinstance(item, dict) for item in old):
+            names = [item.get("name") for item in old]
+            for name in value.keys() - set(names):
+                raise ValueError(f"{key}.{name}: no such name; use one of {', '.join(map(str, names))}")
+            merged[key] = [_merged(item, value.get(name, {})) for name, item in zip(names, old, strict=True)]
+        elif isinstance(value, dict) and isinstance(old, dict):
+            merged[key] = _merged(old, value)
+        else:
+            merged[key] = value
     return merged
 
 
-def _keys(cls: typing.Any, prefix: str = "") -> list[str]:
-    """Every dotted key of a nested dataclass."""
-    keys = []
+def _with_model(tree: dict[str, Any]) -> dict[str, Any]:
+    """The model spelled out where it is a string, so that its keys can be changed."""
+    model = tree.get("model")
+    return {**tree, "model": dataclasses.asdict(load_model(model))} if isinstance(model, str) else tree
+
+
+def _with_start(cls: typing.Any, tree: dict[str, Any]) -> dict[str, Any]:
+    """Model and tokenizer of `init_from` where none are given."""
+    tree, start = _with_model(tree), tree.get("init_from")
+    if "init_from" not in _fields(cls) or not isinstance(start, str):
+        return tree
+    found = {}
+    if not isinstance(tree.get("model"), dict) or not {"hidden_size"} <= tree["model"].keys():
+        found["model"] = _merged(dataclasses.asdict(ModelConfig.from_hf(start)), tree.get("model") or {})
+    for name in ("data", "eval_data"):
+        if isinstance(data := tree.get(name), dict):
+            found[name] = {"tokenizer": start, **data}
+    return {**tree, **found}
+
+
+def _refuse_unknown(cls: typing.Any, tree: Any, prefix: str = "") -> None:
+    """Refuses a key that no field has, with the one that was probably meant."""
+    if not isinstance(tree, dict):
+        return
+    parts = {name: part for name, (_, part) in _own_fields(cls).items()}
+    for key, value in tree.items():
+        if key not in parts:
+            near = did_you_mean(str(key), list(parts), prefix)
+            raise ValueError(f"{prefix}{key}: no such key{near or '; use one of ' + ', '.join(parts)}")
+        if (part := parts[key]) is not None:
+            for item in value if isinstance(value, list | tuple) else [value]:
+                _refuse_unknown(part, item, f"{prefix}{key}.")
+
+
+def _own_fields(cls: typing.Any) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    """By name each field of a dataclass, and the dataclass that it holds, alone, in a tuple or optionally."""
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        keys.append(prefix + field.name)
-        for part in (hints[field.name], *typing.get_args(hints[field.name])):
-            if dataclasses.is_dataclass(part):
-                keys += _keys(part, f"{prefix}{field.name}.")
-    return keys
+    return {
+        field.name: (
+            field,
+            next(filter(dataclasses.is_dataclass, (hints[field.name], *typing.get_args(hints[field.name]))), None),
+        )
+        for field in dataclasses.fields(cls)
+    }
+
+
+def _fields(cls: typing.Any, prefix: str = "") -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
+    """By dotted key every field of a nested dataclass, with the class that it is of."""
+    found: dict[str, tuple[Any, dataclasses.Field[Any]]] = {}
+    for name, (field, part) in _own_fields(cls).items():
+        found[prefix + name] = cls, field
+        if part is not None:
+            found |= _fields(part, f"{prefix}{name}.")
+    return found
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys of nested mappings' leaves."""
+    return [
+        key
+        for name, value in tree.items()
+        for key in (_flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [f"{prefix}{name}"])
+    ]
+
+
+def describe_keys(cls: typing.Any, width: int = 80) -> str:
+    """Every key of a run file with what its class's docstring says of it, wrapped to `width` columns."""
+    lines = ["keys of CONFIG, each also a flag:"]
+    for key, (owner, field) in _fields(cls).items():
+        says = _described(owner).get(field.name, "")
+        if field.default not in (dataclasses.MISSING, None, ()) and not dataclasses.is_dataclass(field.default):
+            says += f" (default: {field.default})"
+        text = textwrap.fill(says.strip(), width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += [f"  --{key.replace('sources.', 'sources.NAME.')}", *([text] if text.strip() else [])]
+    return "\n".join(lines)
+
+
+@functools.cache
+def _described(cls: typing.Any) -> dict[str, str]:
+    """What a dataclass's docstring says of each field: the text after `name: ` or `name, name: `."""
+    text = " ".join((inspect.getdoc(cls) or "").split("Raises:")[0].split())
+    name = "|".join(field.name for field in dataclasses.fields(cls))
+    parts = re.split(rf"(?<![\w.`])((?:{name})(?:, (?:{name}))*): ", text)
+    said = zip(parts[1::2], parts[2::2], strict=True)
+    return {one: says.strip() for names, says in said for one in names.split(", ")}
 
 
 def _one_line(error: BaseException) -> str:

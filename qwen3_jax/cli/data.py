@@ -1,5 +1,5 @@
 """`qwen3-jax data report RUN`: the data that a run has consumed. `qwen3-jax data check FILE...`: duplicates, and
-overlap with evaluation sets."""
+overlap with evaluation sets. `qwen3-jax data lint CONFIG`: every document that a run would refuse."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ from rich.progress import Progress
 from rich.table import Column, Table
 
 from qwen3_jax.cli.arguments import one_run
+from qwen3_jax.cli.config_file import load_config, load_stages
+from qwen3_jax.cli.progress import bar
 from qwen3_jax.data.catalogue import Consumption, consumption, plot_consumption
 from qwen3_jax.data.duplicates import NGRAM, THRESHOLD, Checker, Finding, write_without
+from qwen3_jax.data.lint import lint
 from qwen3_jax.data.source import DocumentSource
+from qwen3_jax.train import TrainConfig
+
+_SHOWN = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     check.add_argument("--json", action="store_true", help="print each finding as a line of JSON")
     check.set_defaults(run_data=_check)
+    text = "read all documents of a run once; list those that it would refuse, and count what it would pass over"
+    linted = commands.add_parser("lint", help=text, description=text)
+    linted.add_argument("config", help="a run file; --section.key value changes a key as in train.py")
+    linted.set_defaults(run_data=_lint, takes_overrides=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -86,6 +96,33 @@ def _check(args: argparse.Namespace) -> None:
     if args.drop is not None:
         written = write_without(sources, findings, args.drop)
         console.print(f"{args.drop}: {written:,} documents", markup=False, soft_wrap=True)
+
+
+def _lint(args: argparse.Namespace) -> None:
+    runs = load_stages(TrainConfig, args.config, args.overrides)
+    runs = runs or {"": load_config(TrainConfig, args.config, args.overrides)}
+    console, bad, seen = Console(highlight=False, stderr=True), 0, set()
+    for config in runs.values():
+        for data in filter(None, (config.data, config.eval_data)):
+            for source in data.sources:
+                if (reading := (source.paths, data.encoding, data.sequence_length)) in seen:
+                    continue
+                seen.add(reading)
+                with bar(console, source.name) as update:
+                    found = lint(source, data, lambda done, total: update(completed=done, total=total, status=""))
+                for line in found.bad[:_SHOWN]:
+                    print(line)
+                if len(found.bad) > _SHOWN:
+                    print(f"and {len(found.bad) - _SHOWN:,} more")
+                bad += len(found.bad)
+                documents, tokens, loss_tokens = found.counts
+                notes = "".join(f", {count:,} {note}" for note, count in found.notes.items())
+                print(
+                    f"{source.name}: {documents:,} documents, {tokens:,} tokens, {loss_tokens:,} in the loss; "
+                    f"{len(found.bad):,} bad{notes}"
+                )
+    if bad:
+        raise ValueError(f"{bad:,} documents cannot be read; mend or delete them")
 
 
 def _table(consumed: Consumption) -> Table:

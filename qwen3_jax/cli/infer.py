@@ -8,19 +8,23 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
+from qwen3_jax.cli.arguments import Parser, version
 from qwen3_jax.cli.config_file import load_config
 from qwen3_jax.cli.errors import exits_cleanly
 from qwen3_jax.cli.progress import file_progress
 from qwen3_jax.request import SETTINGS
 from qwen3_jax.serve import Engine, shipped_model
 from qwen3_jax.serve.files import decode_file
+from qwen3_jax.serve.input_file import STDIN
+from qwen3_jax.text.chat_format import TemplateChoice
 from sharding import MeshConfig, make_mesh, num_parts, start_processes
 
 
@@ -33,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, given in (("--stream", args.stream), ("--json", args.json)):
         if given and args.prompt is None:
             raise ValueError(f"{name}: with --input; use --prompt")
+    if args.raw and args.prompt is None:
+        raise ValueError("--raw: with --input; use the field text in its lines")
     for name, given in (("--samples", args.samples != 1), ("--logprobs", args.logprobs), ("--strict", args.strict)):
         if given and args.prompt is not None:
             raise ValueError(f"{name}: with --prompt; use --input and --output")
@@ -53,11 +59,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     defaults = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     mesh = args.mesh and _mesh(args.mesh)
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-        engine = Engine.load(args.model, dtype=args.dtype, mesh=mesh)
+        writes = not _is_shared(mesh) or jax.process_index() == 0
+        console = Console(stderr=True, quiet=not writes)
+
+        def announce(text: str) -> None:
+            console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+        engine = Engine.load(
+            args.model, dtype=args.dtype, mesh=mesh, chat_template=args.chat_template, announce=announce
+        )
         if args.prompt is not None:
-            _prompt(engine, args, defaults, prints=not _is_shared(mesh) or jax.process_index() == 0)
+            _prompt(engine, args, defaults, announce, writes)
         else:
-            _file(engine, args, defaults, is_shared=_is_shared(mesh))
+            _file(engine, args, defaults, console, announce, _is_shared(mesh))
 
 
 def _mesh(path: Path) -> Mesh:
@@ -75,14 +89,31 @@ def _is_shared(mesh: Mesh | None) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="infer.py", description=main.__doc__)
+    parser = Parser(prog="infer.py", description=main.__doc__)
+    parser.add_argument("--version", action="version", version=version())
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one user turn; /think and /no_think are obeyed")
-    what.add_argument("--input", type=Path, help="JSONL: id, messages or prompt, and any of the settings below")
+    what.add_argument(
+        "--input",
+        type=Path,
+        help="JSONL (gzip too), a JSON array or an OpenAI batch file; - is standard input. Fields: id; prompt, "
+        "messages, text or prompt_ids; and any of the settings below",
+    )
     parser.add_argument(
         "--output", type=Path, help="JSONL of answers, each as it is done; one begun before is completed"
     )
-    parser.add_argument("--model", type=Path, default=shipped_model(), help="directory; default: the model that ships")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=shipped_model(),
+        help="directory in Hugging Face's layout, or a run's output_dir (default: the model that ships)",
+    )
+    parser.add_argument(
+        "--chat-template",
+        choices=get_args(TemplateChoice),
+        default="own",
+        help="own: write conversations as the model's template does; ours: in the nearest of Qwen3's formats",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     parser.add_argument("--mesh", type=Path, help="YAML of mesh axes; rows, weights and cache are sharded over them")
 
@@ -96,10 +127,11 @@ def _parser() -> argparse.ArgumentParser:
     settings = parser.add_argument_group("settings, also fields of a record; sampling defaults to Qwen3's own, by mode")
     for name, help_text in SETTINGS.items():
         settings.add_argument(f"--{name.replace('_', '-')}", type=_number, help=help_text)
-    parser.set_defaults(max_new_tokens=1024, enable_thinking=None, mode_by_query=None)
+    parser.set_defaults(enable_thinking=None, mode_by_query=None)
     settings.add_argument("--stop", action="append", help="text that ends the answer; may be given several times")
 
     one = parser.add_argument_group("with --prompt")
+    one.add_argument("--raw", action="store_true", help="continue the text as it is, without a chat format")
     one.add_argument("--stream", action="store_true", help="print the text as it comes, the thought dimmed")
     one.add_argument("--json", action="store_true", help="print the answer as a record")
     many = parser.add_argument_group("with --input")
@@ -110,15 +142,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prompt(engine: Engine, args: argparse.Namespace, defaults: dict[str, object], prints: bool) -> None:
-    prompt = engine.prompt({"prompt": args.prompt}, defaults)
+def _prompt(
+    engine: Engine,
+    args: argparse.Namespace,
+    defaults: dict[str, object],
+    announce: Callable[[str], None],
+    prints: bool,
+) -> None:
+    prompt = engine.prompt({"text" if args.raw else "prompt": args.prompt}, defaults)
     dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
 
     def emit(text: str, in_thought: bool) -> None:
         if args.stream and prints:
             print(f"{dim}{text}{plain}" if in_thought else text, end="", flush=True)
 
-    result = engine.stream(prompt, emit)
+    result = engine.stream(prompt, emit, lambda what, seconds: announce(f"compiled {what} in {seconds:.1f} s"))
     if not prints:
         return
     if args.json:
@@ -127,7 +165,14 @@ def _prompt(engine: Engine, args: argparse.Namespace, defaults: dict[str, object
         print("" if args.stream else engine.text(result, prompt.stop))
 
 
-def _file(engine: Engine, args: argparse.Namespace, defaults: dict[str, object], is_shared: bool) -> None:
+def _file(
+    engine: Engine,
+    args: argparse.Namespace,
+    defaults: dict[str, object],
+    console: Console,
+    announce: Callable[[str], None],
+    is_shared: bool,
+) -> None:
     # Processes that share one model answer all lines together; otherwise each answers its share.
     part, parts = (0, 1) if is_shared else (jax.process_index(), jax.process_count())
     writes = not is_shared or jax.process_index() == 0
@@ -136,7 +181,9 @@ def _file(engine: Engine, args: argparse.Namespace, defaults: dict[str, object],
     if args.batch_size % row_parts:
         raise ValueError(f"--batch-size: {args.batch_size}; use a multiple of the mesh's {row_parts} parts")
     settings = {**defaults, "model": str(args.model.resolve()), "dtype": args.dtype, "logprobs": args.logprobs}
-    console = Console(stderr=True, quiet=not writes)
+    settings |= {"chat_template": args.chat_template}
+    if args.input == STDIN and jax.process_count() > 1:
+        raise ValueError("--input: - with several processes; use a file that all of them see")
     with file_progress(console) as report:
         tally = decode_file(
             engine,
@@ -151,7 +198,7 @@ def _file(engine: Engine, args: argparse.Namespace, defaults: dict[str, object],
             part=(part, parts),
             writes=writes,
             report=report,
-            announce=lambda text: console.print(text, style="dim", markup=False, highlight=False),
+            announce=announce,
         )
     if writes:
         print(json.dumps({"output": str(output), **tally.summary()}), flush=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from qwen3_jax.cli import convert, data, demo, pass_at_k, plan, suggest, tiny, tokenize
+from qwen3_jax.cli.arguments import Parser, version
 from qwen3_jax.cli.errors import exits_cleanly
 
 _COMMANDS = {
@@ -23,12 +23,13 @@ _COMMANDS = {
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and runs the command."""
-    parser = argparse.ArgumentParser(prog="qwen3-jax")
+    parser = Parser(prog="qwen3-jax")
+    parser.add_argument("--version", action="version", version=version())
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, help_text) in _COMMANDS.items():
         module.add_arguments(commands.add_parser(name, help=help_text, description=help_text))
     args, overrides = parser.parse_known_args(argv)
-    if overrides and args.command != "plan":
-        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     args.overrides = overrides
+    if not getattr(args, "takes_overrides", False):
+        commands.choices[args.command].refuse(overrides)
     _COMMANDS[args.command][0].run(args)

@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--price", type=float, help="dollars per chip and hour, for the cost of a billion tokens")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each program")
     parser.add_argument("--hlo", type=Path, help="keep the scheduled HLO in this directory")
+    parser.set_defaults(takes_overrides=True)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -65,7 +65,7 @@ def file_progress(console: Console) -> Iterator[Callable[[Tally], None]]:
             update(completed=done, total=tally.samples)
             status.plain = (
                 f"{tally.tokens:,} tokens, {tally.tokens_per_second:,.0f}/s, {tally.thinking_share:.0%} thinking, "
-                f"{tally.thinking_ends['budget']} cut, {tally.slot_utilisation:.0%} of slots in use"
+                f"{tally.cut} cut, {tally.slot_utilisation:.0%} of slots in use"
             )
             if not console.is_terminal and time.perf_counter() - told >= _SECONDS_PER_LINE:
                 told = time.perf_counter()

@@ -33,10 +33,10 @@ def run(args: argparse.Namespace) -> None:
     for stage, config in runs.items():
         for source in config.data.sources:
             first, data = sources.setdefault(source.name, (source, config.data))
-            if (first.paths, data.tokenizer, data.turns) != (source.paths, config.data.tokenizer, config.data.turns):
+            if (first.paths, data.encoding) != (source.paths, config.data.encoding):
                 raise ValueError(
-                    f"stages.{stage}.data.sources.{source.name}: other paths, turns or another tokenizer than an "
-                    "earlier stage; use another name"
+                    f"stages.{stage}.data.sources.{source.name}: other paths, turns, chat_template or another "
+                    "tokenizer than an earlier stage; use another name"
                 )
     console = Console(highlight=False)
     for source, data in sources.values():
@@ -48,10 +48,9 @@ def _tokenize(source: SourceConfig, data: DataConfig, args: argparse.Namespace, 
     with bar(console, source.name, "reading") as update:
         made = tokenize_source(
             source,
-            data.tokenizer,
+            data.encoding,
             directory,
             workers=args.workers,
-            turns=data.turns,
             documents_per_shard=args.documents_per_shard,
             progress=lambda done, total: update(
                 completed=done.documents, total=total, status=f"{done.tokens:,} tokens"

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import jax
 from rich.console import Console
 
-from qwen3_jax.cli.config_file import load_config, load_stages
+from qwen3_jax.cli.arguments import Parser, version
+from qwen3_jax.cli.config_file import describe_keys, load_config, load_stages
 from qwen3_jax.cli.errors import exits_cleanly
 from qwen3_jax.train import StopSignal, TrainConfig, link_stages, pretrain, run_plan
 from sharding import start_processes
@@ -18,7 +19,13 @@ from sharding import start_processes
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains as a YAML file says, in one run or in the stages of a plan; resumes where an earlier run of the same
     output_dir stopped. `--section.key value` changes a key of the file, `--stage.section.key value` one of a stage."""
-    parser = argparse.ArgumentParser(usage="train.py CONFIG [--section.key value ...]", description=main.__doc__)
+    parser = Parser(
+        usage="train.py CONFIG [--section.key value ...]",
+        description=main.__doc__,
+        epilog=describe_keys(TrainConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=version())
     parser.add_argument("config", help="a YAML file of configs/, read into qwen3_jax.train.TrainConfig")
     args, overrides = parser.parse_known_args(argv)
     stages = load_stages(TrainConfig, args.config, overrides)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
+
+from qwen3_jax.text.chat_format import TemplateChoice
 
 Labels = dict[str, str]
 # What is learnt of a chat with several rounds, each a user's query and what answers it. "each": an example for each
@@ -73,6 +75,14 @@ class SourceConfig:
         return fraction
 
 
+class Encoding(NamedTuple):
+    """What the ids of a document depend on; see `DataConfig`."""
+
+    tokenizer: str
+    turns: Turns = "auto"
+    chat_template: TemplateChoice = "own"
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The mixture and the shape of the batches.
@@ -85,6 +95,10 @@ class DataConfig:
       seed: of the order of the documents.
       shuffle: False: every epoch has the documents in the order of the files.
       turns: what of a chat with several rounds is learnt, see `Turns`.
+      chat_template: "own": chats are written as the template in the tokenizer's directory writes them; "ours": in the
+        nearest of Qwen3's formats, whatever that template is.
+      accept_changed: resume although files of the sources are not those of the checkpoint. Documents that were drawn
+        for rows that are not complete yet are drawn from the new files.
       workers: processes per host that read and tokenise; 0 reads in a thread. The batches do not depend on it.
 
     Raises:
@@ -98,6 +112,8 @@ class DataConfig:
     seed: int = 0
     shuffle: bool = True
     turns: Turns = "auto"
+    chat_template: TemplateChoice = "own"
+    accept_changed: bool = False
     workers: int = 0
 
     def __post_init__(self) -> None:
@@ -111,7 +127,13 @@ class DataConfig:
         for key, minimum in (("sequence_length", 2), ("batch_size", 1), ("workers", 0)):
             if getattr(self, key) < minimum:
                 raise ValueError(f"{key}: {getattr(self, key)!r}; use a number >= {minimum}")
-        if self.turns not in get_args(Turns):
-            raise ValueError(f"turns: {self.turns!r}; use one of {', '.join(get_args(Turns))}")
+        for key, choices in (("turns", get_args(Turns)), ("chat_template", get_args(TemplateChoice))):
+            if getattr(self, key) not in choices:
+                raise ValueError(f"{key}: {getattr(self, key)!r}; use one of {', '.join(choices)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: {self.seed!r}; use a number from 0 to 2**32 - 1")
+
+    @property
+    def encoding(self) -> Encoding:
+        """How documents become ids."""
+        return Encoding(self.tokenizer, self.turns, self.chat_template)

@@ -25,7 +25,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from qwen3_jax.data.records import read_record
 from qwen3_jax.data.source import Document, DocumentSource
+from qwen3_jax.text.records import parse_record
 
 Kind = Literal["exact", "near", "overlap"]
 
@@ -53,7 +55,8 @@ class Checker:
     """Compares each document with the documents before it and with evaluation sets.
 
     Args:
-      evaluations: files of evaluation sets, read like sources; every string of a .jsonl record is used.
+      evaluations: files of evaluation sets, read like sources; of a record that is no training record (a question and
+        its answer under other keys), every string is used.
       ngram: words of an overlap.
       threshold: of near duplicates, in (0, 1); 0 turns the search for them off.
 
@@ -72,7 +75,7 @@ class Checker:
         self._evaluated: dict[bytes, Document] = {}
         self.num_too_short = 0  # documents of evaluation sets with fewer than `ngram` words
         for document in DocumentSource(evaluations, "eval") if evaluations else ():
-            words = _words(" ".join(_strings(document)))
+            words = _words(_evaluated_text(document))
             self.num_too_short += len(words) < ngram
             for gram in _grams(words, ngram):
                 self._evaluated.setdefault(gram, _without_content(document))
@@ -92,7 +95,7 @@ class Checker:
 
 
 def text_of(document: Document) -> str:
-    """The text of a document; for a chat, the contents of its messages.
+    """The text of a document; for a chat, the contents and thoughts of its messages.
 
     Raises:
       ValueError: `file:line: reason` for a document without text.
@@ -100,15 +103,9 @@ def text_of(document: Document) -> str:
     if document.form == "tokens":
         raise ValueError(f"{document.location}: token ids; use the documents before tokenising")
     try:
-        if document.form == "text":
-            return document.content.decode("utf-8")
-        record = json.loads(document.content)
-        if "text" in record:
-            return str(record["text"])
-        keys = ("content", "reasoning_content")
-        return "\n".join(message[key] for message in record["messages"] for key in keys if message.get(key))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{document.location}: not a document ({error!r})") from None
+        return read_record(document).words()
+    except ValueError as error:
+        raise ValueError(f"{document.location}: {error}") from None
 
 
 def write_without(sources: Iterable[DocumentSource], findings: Iterable[Finding], directory: Path) -> int:
@@ -148,7 +145,7 @@ def _near_finder(threshold: float) -> Callable[[Sequence[str], Document], Docume
         from datasketch import MinHash, MinHashLSH
     except ImportError:
         raise ValueError(
-            f"near: {threshold}, but datasketch is not installed; `pip install datasketch`, or use 0 (off)"
+            f"near: {threshold}, but datasketch is not installed; pip install -e '.[data]', or use 0 (off)"
         ) from None
     index = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
     before: list[tuple[Any, Document]] = []  # the index stores positions in this list
@@ -173,21 +170,26 @@ def _words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
-def _strings(document: Document) -> Iterator[str]:
-    """Every string of a document."""
-    if document.form != "json":
-        yield text_of(document)
-        return
+def _evaluated_text(document: Document) -> str:
+    """The text of a training record, read as in `text_of`, so that the same record has the same words on both sides;
+    else every string of the record."""
     try:
-        values = [json.loads(document.content)]
+        return text_of(document)
+    except ValueError:
+        if document.form != "json":
+            raise
+    try:
+        values: list[Any] = [parse_record(document.content)]
     except ValueError as error:
         raise ValueError(f"{document.location}: {error}") from None
+    found = []
     while values:
         value = values.pop(0)
         if isinstance(value, str):
-            yield value
+            found.append(value)
         elif isinstance(value, dict | list):
             values = [*(value.values() if isinstance(value, dict) else value), *values]
+    return " ".join(found)
 
 
 def _grams(words: Sequence[str], size: int) -> Iterator[bytes]:

@@ -1,19 +1,17 @@
 """From a document to examples: token ids, and a mask of the tokens in the loss.
 
-A `.txt` document is plain text. A record of the other formats is an object with one of two keys:
+`records` says what a record may be.
 
-- `"text"`: plain language modelling. An end-of-text id is appended, and every token is in the loss. A text longer than
+- A text: plain language modelling. An end-of-text id is appended, and every token is in the loss. A text longer than
   T ids is split into chunks of T that overlap by one token, so that every token but the first is a target exactly once.
-- `"messages"`: a chat, rendered by the template. The tokens that the assistant generates are in the loss. The template
-  drops the thoughts of all rounds but the last (a round begins with a user's query), so such a chat gives one example
-  for each round, as it stood when the round was written, with that round in the loss; see `Turns`. `"tools"` are the
-  functions of the system turn. `"no_loss"` is a list of strings: tokens that overlap an occurrence of one are not
-  in the loss, for text that is injected in decoding. A chat longer than T ids is truncated to its first T, which is
-  logged with a running count.
+- A conversation, rendered by the template. The tokens that the assistant generates are in the loss. The template drops
+  the thoughts of all rounds but the last (a round begins with a user's query), so such a chat gives one example for
+  each round, as it stood when the round was written, with that round in the loss; see `Turns`. Tokens that overlap an
+  occurrence of a string in `no_loss` are not in the loss, for text that is injected in decoding. A chat longer than T
+  ids is truncated to its first T, which is logged with a running count.
 
 A blank text is passed over, and so is an example without a token in the loss; both are logged with a running count.
-`"labels"` may be an object of strings, such as {"domain": "math", "language": "en"}. Other keys are ignored, and
-a key with the value null counts as absent.
+`labels` may be an object of strings, such as {"domain": "math", "language": "en"}.
 
 N: tokens of a document or an example, T: `sequence_length`.
 """
@@ -27,13 +25,14 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from qwen3_jax.data.config import Labels, Turns
+from qwen3_jax.data.config import Encoding, Labels, Turns
+from qwen3_jax.data.records import Record, read_record
 from qwen3_jax.data.source import Document
 from qwen3_jax.text import chat
+from qwen3_jax.text.chat_format import ChatFormat, format_of
 from qwen3_jax.text.tokenizer import Tokenizer, fingerprint, load_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -99,14 +98,15 @@ class Encoded:
 class Encoder:
     """Encodes documents with one tokenizer, and chats in the format of one kind of model."""
 
-    def __init__(self, tokenizer: Tokenizer, modes: chat.Modes = "hybrid", turns: Turns = "auto") -> None:
-        self.tokenizer, self._modes, self._turns = tokenizer, modes, turns
+    def __init__(self, tokenizer: Tokenizer, form: ChatFormat | None = None, turns: Turns = "auto") -> None:
+        self.tokenizer, self._form, self._turns = tokenizer, form or ChatFormat(), turns
         _, self._end_of_text = tokenizer.eos_ids
 
     @classmethod
-    def of(cls, directory: str, turns: Turns = "auto") -> Encoder:
+    def of(cls, encoding: Encoding) -> Encoder:
         """The encoder for a model's directory."""
-        return cls(load_tokenizer(directory), _learnt_modes(directory), turns)
+        form = format_of(encoding.tokenizer, encoding.chat_template, teaches=True)
+        return cls(load_tokenizer(encoding.tokenizer), form, encoding.turns)
 
     def __call__(self, document: Document) -> Encoded:
         """The document with its end-of-text id or last turn, N > 1; N = 0 for a blank text.
@@ -117,44 +117,42 @@ class Encoder:
         if document.form == "tokens":
             return Encoded.from_bytes(document.content)
         try:
-            record = _parse(document)
-            if "text" in record:
-                text_ids_N = self.tokenizer.encode(record["text"]) if record["text"].strip() else []
+            record = read_record(document)
+            if record.text is not None:
+                text_ids_N = self.tokenizer.encode(record.text) if record.text.strip() else []
                 ids_N = [*text_ids_N, self._end_of_text] if text_ids_N else []
                 examples = [Example(np.array(ids_N, np.int32), np.ones(len(ids_N), np.uint8))]
             else:
                 examples = self._encode_chat(record)
         except ValueError as error:
             raise ValueError(f"{document.location}: {error}") from error
-        return Encoded(tuple(examples), record["labels"], "text" in record)
+        return Encoded(tuple(examples), record.labels, record.text is not None)
 
-    def _encode_chat(self, record: dict[str, Any]) -> list[Example]:
-        messages = record["messages"]
+    def _encode_chat(self, record: Record) -> list[Example]:
+        messages = record.messages
         chat.validate_messages(messages)
         starts, turns = chat.round_starts(messages), self._turns
         if turns == "auto":
-            turns = "each" if self._modes != "instruct" and chat.loses_thoughts(messages) else "all"
+            turns = "each" if self._form.modes != "instruct" and chat.loses_thoughts(messages) else "all"
         if turns == "all":
-            return [self._example(record, len(messages), 0)]
+            return [self._example(record, len(messages), record.given)]
         rounds = list(zip(starts, [*starts[1:], len(messages)], strict=True))
         examples = [
-            self._example(record, stop, start)
+            self._example(record, stop, max(start, record.given))
             for start, stop in (rounds if turns == "each" else rounds[-1:])
-            if any(message["role"] == "assistant" for message in messages[start:stop])
+            if any(message["role"] == "assistant" for message in messages[max(start, record.given) : stop])
         ]
         return examples or [self._example(record, len(messages), len(messages))]
 
-    def _example(self, record: dict[str, Any], stop: int, first: int) -> Example:
+    def _example(self, record: Record, stop: int, first: int) -> Example:
         """The messages before `stop`; those of the assistant from `first` on are in the loss."""
-        messages = record["messages"][:stop]
-        rendered = chat.render(
-            messages, self.tokenizer, tools=record.get("tools"), add_generation_prompt=False, modes=self._modes
-        )
+        messages = record.messages[:stop]
+        rendered = self._form.render(messages, self.tokenizer, tools=record.tools, add_generation_prompt=False)
         mask_N = np.array(rendered.loss_mask(), np.uint8)
         turns = [span for span in rendered.spans if span.role == "assistant"]
         for span in turns[: sum(message["role"] == "assistant" for message in messages[:first])]:
             mask_N[span.start : span.stop] = 0
-        for text in record.get("no_loss", []):
+        for text in record.no_loss:
             mask_N[self._holds(text, rendered.ids)] = 0
         return Example(np.array(rendered.ids, np.int32), mask_N)
 
@@ -179,17 +177,11 @@ class Encoder:
         return held_N
 
 
-def encoding_of(directory: str, turns: Turns) -> str:
-    """A fingerprint of what the ids of a document depend on: the tokenizer, and the format of chats."""
-    modes = _learnt_modes(directory)
-    parts = [fingerprint(directory), *([modes] if modes != "hybrid" else []), *([turns] if turns != "auto" else [])]
-    return "-".join(parts)
-
-
-def _learnt_modes(directory: str) -> chat.Modes:
-    """Those of the directory. A base model, which has no chat format, learns the hybrid one."""
-    modes = chat.modes_of(directory)
-    return "hybrid" if modes == "base" else modes
+def fingerprint_of(encoding: Encoding) -> str:
+    """Of what the ids of a document depend on: the tokenizer, the format of chats, and what of them is learnt."""
+    modes = format_of(encoding.tokenizer, encoding.chat_template, teaches=True).modes
+    format_and_turns = [modes] * (modes != "hybrid") + [encoding.turns] * (encoding.turns != "auto")
+    return "-".join([fingerprint(encoding.tokenizer), *format_and_turns])
 
 
 class Cutter:
@@ -197,7 +189,7 @@ class Cutter:
 
     def __init__(self, sequence_length: int) -> None:
         self._sequence_length = sequence_length
-        self._counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()  # of documents by what was done with them
 
     def __call__(self, encoded: Encoded, document: Document) -> list[Example]:
         """The examples of a document that have a token in the loss, 1 < N <= T. `document` is used for the log only."""
@@ -219,37 +211,6 @@ class Cutter:
         return examples
 
     def _log(self, document: Document, what: str, kind: str) -> None:
-        self._counts[kind] += 1
-        if self._counts[kind].bit_count() == 1:  # log only counts 1, 2, 4, 8, ...
-            _log.warning("%s: %s; %d %s so far", document.location, what, self._counts[kind], kind)
-
-
-def _parse(document: Document) -> dict[str, Any]:
-    """The record of a document. What `chat.render` checks is not checked here."""
-    text = document.content.decode("utf-8-sig" if document.start == 0 else "utf-8")  # a byte order mark begins a file
-    if document.form == "text":
-        return {"text": text.rstrip("\r\n"), "labels": {}}
-    record = json.loads(text)
-    if isinstance(record, dict):
-        record = {key: value for key, value in record.items() if value is not None}
-    if not isinstance(record, dict) or ("text" in record) == ("messages" in record):
-        raise ValueError('not an object with one of the keys "text" and "messages"')
-    # An escaped unpaired surrogate is valid JSON but not valid text. Encoding it raises a ValueError here; tokenizers
-    # would raise a TypeError.
-    json.dumps(record, ensure_ascii=False).encode("utf-8")
-    labels = record.get("labels", {})
-    if not isinstance(labels, dict) or not all(isinstance(value, str | None) for value in labels.values()):
-        raise ValueError(f"labels: {labels!r}; use an object of strings")
-    record["labels"] = {label: value for label, value in labels.items() if value is not None}
-    if "text" in record:
-        if not isinstance(record["text"], str):
-            raise ValueError(f"text: {record['text']!r}; use a string")
-        return record
-    for key in ("messages", "tools", "no_loss"):
-        if not isinstance(record.get(key, []), list):
-            raise ValueError(f"{key}: {record[key]!r}; use a list")
-    if not all(isinstance(literal, str) and literal for literal in record.get("no_loss", [])):
-        raise ValueError(f"no_loss: {record['no_loss']!r}; use strings that are not empty")
-    if not any(isinstance(message, dict) and message.get("role") == "assistant" for message in record["messages"]):
-        raise ValueError("messages: no assistant turn; use at least one")
-    return record
+        self.counts[kind] += 1
+        if self.counts[kind].bit_count() == 1:  # log only counts 1, 2, 4, 8, ...
+            _log.warning("%s: %s; %d %s so far", document.location, what, self.counts[kind], kind)

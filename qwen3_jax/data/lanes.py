@@ -105,8 +105,12 @@ class Lane:
             cursor.turn, cursor.part, cursor.tokens, cursor.phase = state["sources"][name]
             consumed.merge(state["consumed"][name])
         for age, *numbers in state["open_rows"]:
-            items = [self._segment(*numbers[i : i + 3]) for i in range(0, len(numbers), 3)]
-            self._open.rows.append(OpenRow(items, sum(map(len, items)), age))
+            origins = [numbers[i : i + 3] for i in range(0, len(numbers), 3)]
+            items = [self._segment(*origin) for origin in origins if self._is_there(*origin)]
+            while (used := sum(map(len, items))) > self._length:  # of files that have changed
+                items.pop()
+            if items:
+                self._open.rows.append(OpenRow(items, used, age))
 
     def next_row(self) -> dict[str, np.ndarray]:
         """The next row: the arrays [T] of `qwen3_jax.data.packing.to_arrays`.
@@ -144,19 +148,42 @@ class Lane:
             "consumed": dict(zip(names, map(dataclasses.asdict, self._consumed), strict=True)),
         }
 
+    def _is_there(self, source: int, turn: int, part: int) -> bool:
+        """Whether a document still has the example; of files that have changed it may not."""
+        return part < len(self._cursors[source].document(turn).examples)
+
     def _segment(self, source: int, turn: int, part: int) -> _Segment:
         drawn = self._cursors[source].document(turn)
         return _Segment(drawn.examples[part], source, turn, part, drawn.labels)
 
 
-def refuse_other_order(order: Mapping[str, Any], state: Mapping[str, Any], lanes: Iterable[str]) -> None:
+def refuse_other_order(
+    order: Mapping[str, Any], state: Mapping[str, Any], lanes: Iterable[str], *, accept_changed: bool = False
+) -> None:
     """Checks that `lanes` can resume from `state`, which maps lanes to their positions.
+
+    accept_changed: whether the sources may have other files than they had.
 
     Raises:
       ValueError: naming the part of the configuration that differs, or the lane that is missing.
     """
     for saved in state.values():
-        _refuse_difference(order, saved["order"], "data")
+        then = saved["order"]
+        for name, source in order["sources"].items():
+            before = then["sources"].get(name)
+            if before is None:
+                continue
+            # A position that was saved before there was a digest has none.
+            for key in ("content", "documents") if accept_changed else {"content"} - before.keys():
+                before = {**before, key: source[key]}
+            then = {**then, "sources": {**then["sources"], name: before}}
+            if before["content"] != source["content"]:
+                raise ValueError(
+                    f"data.sources.{name}: its files ({source['documents']:,} documents, digest {source['content']}) "
+                    f"are not those of the checkpoint ({before['documents']:,} documents, digest {before['content']}); "
+                    "use those, or --data.accept_changed true to go on with these"
+                )
+        _refuse_difference(order, then, "data")
     for lane in lanes:
         if lane not in state:
             raise ValueError(f"data: the saved position lacks lane {lane}; use the union of all processes' positions")

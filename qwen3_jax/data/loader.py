@@ -107,7 +107,8 @@ class _Batches(grain.DatasetIterator[dict[str, np.ndarray]]):
         return self._state
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        refuse_other_order(self._mixture.order, state, self._state)
+        accept = self._mixture.config.accept_changed
+        refuse_other_order(self._mixture.order, state, self._state, accept_changed=accept)
         self.close()
         self._state = {name: state[name] for name in self._state}
 

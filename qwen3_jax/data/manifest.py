@@ -19,6 +19,7 @@ class Manifest:
       tokenizer: fingerprint of the tokenizer and the chat format.
       documents, tokens, loss_tokens: totals of all shards.
       documents_per_shard: the last shard may hold fewer.
+      content: digest of the documents' files; None of shards made before there was one.
       shards: number of documents of each file; empty until all files are written.
     """
 
@@ -29,6 +30,7 @@ class Manifest:
     tokenizer: str
     documents: int
     documents_per_shard: int
+    content: str | None = None
     tokens: int = 0
     loss_tokens: int = 0
     shards: dict[str, int] = dataclasses.field(default_factory=dict)

@@ -7,7 +7,7 @@ import hashlib
 import math
 
 from qwen3_jax.data.config import DataConfig, Labels, SourceConfig
-from qwen3_jax.data.examples import Cutter, Encoder, Example, encoding_of
+from qwen3_jax.data.examples import Cutter, Encoder, Example, fingerprint_of
 from qwen3_jax.data.source import DocumentSource
 
 
@@ -39,6 +39,7 @@ class Stream:
         self.num_documents = len(self._documents)
         self.order = {
             "documents": self.num_documents,
+            "content": self._documents.content,
             "weight": source.weight,
             "tokens": list(source.tokens) if source.tokens else None,
             "label_weights": source.label_weights,
@@ -85,9 +86,9 @@ class Mixture:
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
-        encode, cut = Encoder.of(config.tokenizer, config.turns), Cutter(config.sequence_length)
+        encode, cut = Encoder.of(config.encoding), Cutter(config.sequence_length)
         self.pad_id = encode.tokenizer.pad_id
-        encoding = encoding_of(config.tokenizer, config.turns)
+        encoding = fingerprint_of(config.encoding)
         self.streams = [Stream(source, encode, cut, config, encoding) for source in config.sources]
         self.order = {
             "seed": config.seed,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import glob
+import hashlib
 import json
 from array import array
 from bisect import bisect_right
@@ -30,7 +31,12 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from qwen3_jax.data import manifest
 
-RECORD_KEYS = ("text", "messages", "tools", "no_loss", "labels")
+# What `qwen3_jax.data.records` reads.
+RECORD_KEYS = (
+    *("text", "messages", "tools", "no_loss", "labels", "conversations", "system"),
+    *("instruction", "input", "output", "history", "prompt", "completion"),
+)
+_TAIL = 65536  # bytes of a Parquet or ArrayRecord file, from its end, that its digest is of
 
 _ROW_GROUPS = 8  # cached per process, over all Parquet files
 
@@ -56,8 +62,11 @@ class Document:
 class DocumentSource:
     """Random access to the documents of `paths` (files or globs), in the given order, the files of a glob sorted.
 
-    It uses 16 bytes of memory per document of .jsonl and .txt. A file listed twice is used twice. `tokenizers` are the
-    fingerprints of the tokenizers that made the files of token ids.
+    It uses 16 bytes of memory per document of .jsonl and .txt. A file listed twice is used twice.
+
+    tokenizers: the fingerprints of the tokenizers that made the files of token ids.
+    content: a digest of the files, which tells whether they are those of an earlier run. It covers all of .jsonl and
+      .txt; size and end of .parquet and .arrayrecord. Shards of token ids have that of the files they were made from.
 
     Args:
       field: the configuration's name for `paths`, for error messages.
@@ -79,6 +88,10 @@ class DocumentSource:
         tokenised = [file for file in self._files if isinstance(file, _ArrayRecordFile)]
         self.tokenizers = {file.tokenizer for file in tokenised if file.tokenizer is not None}
         self._starts = list(accumulate(map(len, self._files), initial=0))
+        made_from = {file.made_from: None for file in tokenised}
+        contents = [file.content for file in self._files]
+        self.content = next(iter(made_from)) if len(made_from) == 1 and len(tokenised) == len(self._files) else None
+        self.content = self.content or hashlib.blake2b("".join(contents).encode(), digest_size=8).hexdigest()
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -98,8 +111,12 @@ def expand(path: str, field: str) -> list[str]:
       ValueError: there is none, or one has an unknown format.
     """
     if "://" in path:
-        fs, inner = fsspec.core.url_to_fs(path)
-        files = sorted(fs.unstrip_protocol(file) for file in fs.glob(inner))
+        try:
+            fs, inner = fsspec.core.url_to_fs(path)
+            files = sorted(fs.unstrip_protocol(file) for file in fs.glob(inner))
+        except Exception as error:  # each file system has its own
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{field}: {path!r} cannot be listed ({reason:.200}); use gs:// or a path") from None
     else:
         files = sorted(glob.glob(path, recursive=True))
     if not files:
@@ -127,9 +144,10 @@ class _TextFile:
         self._path = path
         self._form: Literal["text", "json"] = "text" if path.endswith(".txt") else "json"
         self._starts, self._stops = array("q"), array("q")
-        inside, position = False, 0
+        inside, position, digest = False, 0, hashlib.blake2b(digest_size=8)
         with fsspec.open(path, "rb") as file:
             for line in file:
+                digest.update(line)
                 if not line.strip():
                     inside = False
                 elif inside:
@@ -139,6 +157,7 @@ class _TextFile:
                     self._stops.append(position + len(line))
                     inside = self._form == "text"
                 position += len(line)
+        self.content = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -156,8 +175,9 @@ class _ParquetFile:
         file = _parquet(path)
         groups = map(file.metadata.row_group, range(file.num_row_groups))
         self._starts = list(accumulate((group.num_rows for group in groups), initial=0))
-        if not {"text", "messages"} & set(file.schema_arrow.names):
-            raise ValueError('no column "text" or "messages"')
+        if not {"text", "messages", "conversations", "instruction", "prompt"} & set(file.schema_arrow.names):
+            raise ValueError(f"columns {', '.join(file.schema_arrow.names)}; use text, or messages")
+        self.content = _digest_of_end(path)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -170,6 +190,30 @@ class _ParquetFile:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self._path}:{index + 1}: {error}") from None
         return Document(self._path, index, text.encode("utf-8", "surrogatepass"))
+
+
+def _digest_of_end(path: str) -> str:
+    fs, inner = fsspec.core.url_to_fs(path)
+    size = fs.size(inner)
+    end = f"{size}:".encode() + _read(path, max(0, size - _TAIL), size)
+    return hashlib.blake2b(end, digest_size=8).hexdigest()
+
+
+def first_document(paths: Sequence[str], field: str) -> Document:
+    """The first document of `paths`, without reading the files that it is not in.
+
+    Raises:
+      ValueError: of `DocumentSource`.
+    """
+    path = expand(paths[0], field)[0]
+    if Path(path).suffix in (".jsonl", ".txt"):
+        with fsspec.open(path, "rb") as file:
+            position = 0
+            for line in file:
+                if line.strip():
+                    return Document(path, position, line, "text" if path.endswith(".txt") else "json")
+                position += len(line)
+    return DocumentSource([path], field)[0]
 
 
 def _without_nulls(value: Any) -> Any:
@@ -190,6 +234,8 @@ class _ArrayRecordFile:
     def __init__(self, path: str) -> None:
         self._path = path
         found = manifest.beside(path)
+        self.made_from = None if found is None else found.content
+        self.content = _digest_of_end(path)
         self.tokenizer = None if found is None else found.tokenizer
         self._count = _array_record(path).num_records()
         # A truncated file opens without an error, as a file without records.

@@ -21,9 +21,9 @@ from pathlib import Path
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from qwen3_jax.data import manifest
-from qwen3_jax.data.config import SourceConfig, Turns
+from qwen3_jax.data.config import Encoding, SourceConfig
 from qwen3_jax.data.counts import Counts
-from qwen3_jax.data.examples import Encoded, Encoder, encoding_of
+from qwen3_jax.data.examples import Encoded, Encoder, fingerprint_of
 from qwen3_jax.data.manifest import Manifest
 from qwen3_jax.data.source import DocumentSource
 from qwen3_jax.data.workers import end_with_parent
@@ -33,21 +33,19 @@ DOCUMENTS_PER_SHARD = 10_000
 
 def tokenize_source(
     source: SourceConfig,
-    tokenizer: str,
+    encoding: Encoding,
     directory: Path,
     *,
     workers: int,
-    turns: Turns = "auto",
     documents_per_shard: int = DOCUMENTS_PER_SHARD,
     progress: Callable[[Counts, int], None] = lambda done, total: None,
 ) -> Manifest:
     """Writes the shards and the manifest of one source; complete shards in the directory are used as they are.
 
     Args:
-      tokenizer: directory of the tokenizer.
+      encoding: how documents become ids.
       directory: of the shards.
       workers: number of processes.
-      turns: what of a chat with several rounds is learnt.
       progress: called after each shard, in their order, with the counts so far and the total number of documents.
 
     Raises:
@@ -62,9 +60,10 @@ def tokenize_source(
         source.licence,
         source.origin,
         list(source.languages),
-        tokenizer=encoding_of(tokenizer, turns),
+        tokenizer=fingerprint_of(encoding),
         documents=len(documents),
         documents_per_shard=documents_per_shard,
+        content=documents.content,
     )
     directory.mkdir(parents=True, exist_ok=True)
     _begin(directory / manifest.NAME, begun)
@@ -72,7 +71,7 @@ def tokenize_source(
     starts = range(0, len(documents), documents_per_shard)
     files = [directory / f"{number:06d}.arrayrecord" for number in range(len(starts))]
     indices = [range(len(documents))[start : start + documents_per_shard] for start in starts]
-    make_shard = functools.partial(_make_shard, source.paths, tokenizer, turns)
+    make_shard = functools.partial(_make_shard, source.paths, encoding)
     total, shards = Counts(), {}
     spawn = multiprocessing.get_context("spawn")  # a forked child of a process with jax's threads may hang
     with concurrent.futures.ProcessPoolExecutor(workers, spawn, initializer=end_with_parent) as pool:
@@ -95,19 +94,19 @@ def _begin(path: Path, begun: Manifest) -> None:
         _write_manifest(path, begun)
         return
     found = manifest.from_json(path.read_bytes())
-    for name in ("name", "tokenizer", "documents", "documents_per_shard"):
+    for name in ("name", "tokenizer", "documents", "documents_per_shard", "content"):
         then, now = getattr(found, name), getattr(begun, name)
         if then != now:
             raise ValueError(f"{path.parent}: begun with {name} {then!r}, not {now!r}; use an empty directory")
 
 
 @functools.cache  # once in each worker process
-def _open(paths: tuple[str, ...], tokenizer: str, turns: Turns) -> tuple[DocumentSource, Encoder]:
-    return DocumentSource(paths), Encoder.of(tokenizer, turns)
+def _open(paths: tuple[str, ...], encoding: Encoding) -> tuple[DocumentSource, Encoder]:
+    return DocumentSource(paths), Encoder.of(encoding)
 
 
-def _make_shard(paths: tuple[str, ...], tokenizer: str, turns: Turns, path: Path, indices: range) -> Counts:
-    documents, encode = _open(paths, tokenizer, turns)
+def _make_shard(paths: tuple[str, ...], encoding: Encoding, path: Path, indices: range) -> Counts:
+    documents, encode = _open(paths, encoding)
     if (found := _count(path)).documents == len(indices):
         return found
     counts = Counts()

@@ -31,7 +31,8 @@ What `advance` does with one row, by its phase and what it sampled. The first li
 | START         | end of sequence              | DONE       | the token; "none"                              |
 | START         | any other                    | ANSWER     | the token; "none"                              |
 | THINK         | `</think>`                   | ANSWER     | the token; "natural"                           |
-| THINK         | budget or room is spent      | STOP       | the first forced token; "budget"               |
+| THINK         | the budget is spent          | STOP       | the first forced token; "budget"               |
+| THINK         | the room is spent            | STOP       | the first forced token; "room"                 |
 | THINK         | p(`</think>`) >= ready       | STOP       | the forced `</think>`; "auto"                  |
 | THINK         | end of sequence, `eos_stops` | DONE       | the token; "eos"                               |
 | THINK         | end of sequence              | STOP       | the first forced token; "eos"                  |
@@ -69,6 +70,7 @@ from qwen3_jax.decode.opening import (
     MAX_WAIT,
     NATURAL,
     NONE,
+    ROOM,
     START,
     STOP,
     THINK,
@@ -210,8 +212,8 @@ def advance(
     counted = free & ~closes & ~begins & ~enters_tool & ~is_eos
 
     thinking_end = jnp.select(
-        [closes, cut, ready, eos_in_thought, starting & ~opens],
-        [jnp.full_like(state.phase_B, code) for code in (NATURAL, BUDGET, AUTO, EOS, NONE)],
+        [closes, cut & spent, cut, ready, eos_in_thought, starting & ~opens],
+        [jnp.full_like(state.phase_B, code) for code in (NATURAL, BUDGET, ROOM, AUTO, EOS, NONE)],
         state.thinking_end_B,
     )
     stopped = (eos_in_thought & ~eos_closes) | ((starting | answering) & is_eos)

@@ -12,8 +12,8 @@ START, THINK, STOP, ANSWER, DONE = range(5)
 UNLIMITED = 2**31 - 1  # the largest int32
 
 # How thinking ended, in the order of their codes. "open" is a thought that has not ended.
-THINKING_ENDS = ("open", "natural", "budget", "auto", "off", "none", "eos", "length")
-OPEN, NATURAL, BUDGET, AUTO, OFF, NONE, EOS, LENGTH = range(8)
+THINKING_ENDS = ("open", "natural", "budget", "room", "auto", "off", "none", "eos", "length")
+OPEN, NATURAL, BUDGET, ROOM, AUTO, OFF, NONE, EOS, LENGTH = range(9)
 
 MAX_WAIT = 3  # tokens that a cut waits for the rest of a character
 _READY, _NEVER = 0.25, 2.0  # probabilities of </think>: by default enough, and one that is never reached

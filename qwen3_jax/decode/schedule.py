@@ -87,7 +87,7 @@ class Row:
             injected_tokens=counters["injected"],
             answer_tokens=counters["answer"],
             thinking_end=THINKING_ENDS[counters["thinking_end"]],
-            finish_reason="stop" if counters["stopped"] else "length",
+            finish_reason="eos" if counters["stopped"] else "length",
             logprobs=list(self.logprobs),
             forced=list(self.forced),
         )

@@ -16,15 +16,15 @@ from sharding import DECODE_RULES, axis_rules, named_shardings
 
 
 @axis_rules(DECODE_RULES)
-def weight_shapes(config: ModelConfig, mesh: Mesh, dtype: Any) -> Any:
-    """The decoding layout as shapes with shardings."""
-    init = Qwen3(config, stacked=False).init
+def weight_shapes(config: ModelConfig, mesh: Mesh | None, dtype: Any, *, stacked: bool = False) -> Any:
+    """The decoding layout as shapes with shardings; without a mesh, on the default device. `stacked`: the layers of a
+    training checkpoint, sharded by the same rules."""
+    init = Qwen3(config, stacked=stacked).init
     boxed: Any = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding),
-        nn.unbox(boxed),
-        named_shardings(boxed, mesh),
-    )
+    shapes = nn.unbox(boxed)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda _: here, shapes) if mesh is None else named_shardings(boxed, mesh)
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding), shapes, shardings)
 
 
 def decoding_weights(config: ModelConfig, params: Any, dtype: Any = None) -> Any:

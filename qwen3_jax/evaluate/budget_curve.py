@@ -65,7 +65,7 @@ def budget_curve(
                 settings=fields,
                 accuracy=correct / len(problems),
                 thinking_tokens=sum(result.thinking_tokens for result in part) / len(part),
-                cut=sum(result.thinking_end in ("budget", "auto") for result in part) / len(part),
+                cut=sum(result.thinking_end in ("budget", "room", "auto") for result in part) / len(part),
             )
         )
     return points

@@ -5,10 +5,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 
 class AnswerFile:
@@ -18,8 +18,6 @@ class AnswerFile:
     the file is opened again. Two processes cannot have it open at once.
 
     settings: what the answers depend on; kept in `<path>.run.json`, so that a file is not continued under others.
-    done: `(id, sample)` of the answers that are there, ids as JSON text. refused: the numbers of the input's lines that
-      have an error there.
 
     Raises:
       ValueError: a file in use by another process, with lines that are not ours, or begun under other settings.
@@ -33,18 +31,11 @@ class AnswerFile:
                 f"output: {str(path)!r} is not a regular file; use a file, which a later run can go on with"
             )
         self.path = path
+        # By `(id as JSON text, sample)` the line and the digest of the record that was answered.
+        self._answered: dict[tuple[str, int], tuple[int, str]] = {}
+        self._errors: list[dict[str, Any]] = []
         self._settings_path = path.with_name(path.name + ".run.json")
-        try:
-            self._file = path.open("a+b", buffering=0)
-        except OSError as error:
-            raise ValueError(f"output: {str(path)!r}: {error.strerror}; use a file that can be written") from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise ValueError(f"output: {str(path)!r} is being written by another process; use another file") from None
-        self.done: set[tuple[str, int]] = set()
-        self.refused: set[int] = set()
+        self._file = self._open()
         try:
             self._read()
             self._check(settings)
@@ -58,6 +49,37 @@ class AnswerFile:
         while line:
             line = line[self._file.write(line) :]
 
+    def holds(self, key: str, sample: int, digest: str) -> bool:
+        """Whether the answer number `sample` to the record with this id and digest is there.
+
+        Raises:
+          ValueError: the id was answered for another record.
+        """
+        if (key, sample) not in self._answered:
+            return False
+        line, answered = self._answered[key, sample]
+        if answered != digest:
+            raise ValueError(
+                f"output: {str(self.path)!r} answers id {key} as it was on line {line}, which has changed since; use "
+                "another id for it, or another output"
+            )
+        return True
+
+    def write_errors(self, errors: Sequence[Mapping[str, Any]]) -> None:
+        """Makes `errors` the file's only errors: those of lines that were mended since are removed."""
+        if any(error not in errors for error in self._errors):
+            partial = self.path.with_name(self.path.name + ".partial")
+            with self.path.open("rb") as old, partial.open("wb") as new:
+                new.writelines(line for line in old if "error" not in json.loads(line))
+                new.flush()
+                os.fsync(new.fileno())
+            os.replace(partial, self.path)
+            self._file.close()
+            self._file, self._errors = self._open(), []
+        for error in errors:
+            if error not in self._errors:
+                self.write(error)
+
     def __enter__(self) -> AnswerFile:
         return self
 
@@ -66,6 +88,21 @@ class AnswerFile:
     ) -> None:
         os.fsync(self._file.fileno())
         self._file.close()
+
+    def _open(self) -> IO[bytes]:
+        """The file, locked."""
+        try:
+            file = self.path.open("a+b", buffering=0)
+        except OSError as error:
+            raise ValueError(f"output: {str(self.path)!r}: {error.strerror}; use a file that can be written") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise ValueError(
+                f"output: {str(self.path)!r} is being written by another process; use another file"
+            ) from None
+        return file
 
     def _read(self) -> None:
         if self._file.seek(0, os.SEEK_END) and not self._settings_path.is_file():
@@ -82,9 +119,10 @@ class AnswerFile:
                 try:
                     record = json.loads(line)
                     if "error" in record:
-                        self.refused.add(record["line"])
+                        self._errors.append(record)
                     else:
-                        self.done.add((json.dumps(record["id"]), record["sample"]))
+                        key = json.dumps(record["id"]), record["sample"]
+                        self._answered[key] = record["line"], record["record"]
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(
                         f"output: {str(self.path)!r} exists, and line {number} is not an answer; use another file"
@@ -93,7 +131,7 @@ class AnswerFile:
 
     def _check(self, settings: Mapping[str, Any]) -> None:
         path = self._settings_path
-        if not self.done and not self.refused:
+        if not self._answered and not self._errors:
             partial = path.with_name(path.name + ".partial")
             partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             os.replace(partial, path)

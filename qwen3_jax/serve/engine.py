@@ -11,10 +11,12 @@ from typing import Any
 from jax.sharding import Mesh
 
 from qwen3_jax import hf
+from qwen3_jax.checkpoint import find_params, restore_params
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.decode import Pool, Request, Result, ThinkingTokens, check_request, generate
-from qwen3_jax.text import chat
+from qwen3_jax.decode.weights import decoding_weights, weight_shapes
 from qwen3_jax.text.answer import AnswerReader, AnswerStream
+from qwen3_jax.text.chat_format import ChatFormat, TemplateChoice, format_of
 from qwen3_jax.text.prompt import Prompt, read_prompt
 from qwen3_jax.text.tokenizer import Tokenizer, load_tokenizer
 from sharding import DECODE_RULES, axis_rules
@@ -35,24 +37,45 @@ class Engine:
     params: Any
     tokenizer: Tokenizer
     tokens: ThinkingTokens
-    modes: chat.Modes = "hybrid"
+    form: ChatFormat
 
     @classmethod
-    def load(cls, directory: str | Path, dtype: str = "float32", mesh: Mesh | None = None) -> Engine:
-        """From a directory in Hugging Face's layout, to the default device or over a mesh.
+    def load(
+        cls,
+        directory: str | Path,
+        dtype: str = "float32",
+        mesh: Mesh | None = None,
+        chat_template: TemplateChoice = "own",
+        announce: Callable[[str], None] = lambda text: None,
+    ) -> Engine:
+        """From a directory in Hugging Face's layout or one of `find_params`, to the default device or over a mesh.
+
+        The weights of a training run are float32; while they are cast, both are in memory.
+
+        chat_template: whether conversations are written as the directory's template says; see `format_of`.
+        announce: called with what was found and concluded.
 
         Raises:
           ValueError: one line that says what the directory lacks.
         """
         tokenizer = load_tokenizer(directory)
-        with axis_rules(DECODE_RULES):
-            config, params = hf.load_checkpoint(directory, dtype=dtype, mesh=mesh)
+        found = find_params(directory, announce)
+        if found is None:
+            with axis_rules(DECODE_RULES):
+                config, params = hf.load_checkpoint(directory, dtype=dtype, mesh=mesh)
+        else:
+            config = ModelConfig.from_hf(directory)
+            held = restore_params(found, weight_shapes(config, mesh, "float32", stacked=True))
+            params = decoding_weights(config, held, dtype)
         if tokenizer.num_tokens > config.vocab_size:
             raise ValueError(
                 f"vocab_size: {config.vocab_size} in {str(directory)!r}, whose tokenizer has {tokenizer.num_tokens} "
                 "tokens; use an embedding with a row for each of them"
             )
-        return cls(config, params, tokenizer, ThinkingTokens.from_tokenizer(tokenizer), chat.modes_of(directory))
+        tokens, form = ThinkingTokens.from_tokenizer(tokenizer), format_of(directory, chat_template)
+        if form.conclusion:
+            announce(form.conclusion)
+        return cls(config, params, tokenizer, tokens, form)
 
     @functools.cached_property
     def reader(self) -> AnswerReader:
@@ -61,7 +84,7 @@ class Engine:
 
     def prompt(self, record: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Prompt:
         """What a record asks for; see `read_prompt`. What only this model can refuse is refused by `limit`."""
-        return read_prompt(record, self.tokenizer, self.modes, defaults)
+        return read_prompt(record, self.tokenizer, self.form, defaults)
 
     def limit(self, request: Request) -> int:
         """The most tokens that a request may write; see `qwen3_jax.decode.check_request`."""
@@ -99,12 +122,18 @@ class Engine:
                     finished.append((event.key, running.pop(event.key), self.reader.trim(result, prompt.stop)))
             yield finished
 
-    def stream(self, prompt: Prompt, emit: Callable[[str, bool], None]) -> Result:
+    def stream(
+        self,
+        prompt: Prompt,
+        emit: Callable[[str, bool], None],
+        announce: Callable[[str, float], None] | None = None,
+    ) -> Result:
         """Decodes one prompt and gives its text away as it comes: `emit(text, whether it is of the thought)`.
 
-        All the texts together are `text` of the result. What might begin a stop text is held back.
+        All the texts together are `text` of the result. What might begin a stop text is held back. `announce` is called
+        with each program that is compiled.
         """
-        pool = self.pool(1, self.limit(prompt.request), steps=_STREAM_STEPS)
+        pool = self.pool(1, self.limit(prompt.request), steps=_STREAM_STEPS, announce=announce)
         pool.submit(0, prompt.request)
         stream = AnswerStream(self.reader, prompt.stop)
         while True:

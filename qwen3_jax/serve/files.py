@@ -11,15 +11,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from qwen3_jax.decode import Result
 from qwen3_jax.serve.answer_file import AnswerFile
 from qwen3_jax.serve.engine import Engine
+from qwen3_jax.serve.input_file import STDIN, open_lines, read_record
 from qwen3_jax.text.prompt import Prompt
-from qwen3_jax.text.records import parse_record
 from sharding import from_first_process, num_parts
 
 
@@ -60,6 +60,11 @@ class Tally:
         """Thinking tokens among those of the answers written."""
         return self.thinking_tokens / max(self.thinking_tokens + self.injected_tokens + self.answer_tokens, 1)
 
+    @property
+    def cut(self) -> int:
+        """Thoughts that ended for want of budget or room."""
+        return self.thinking_ends["budget"] + self.thinking_ends["room"]
+
     def add(self, result: Result) -> None:
         """Counts one answer."""
         self.done += 1
@@ -76,11 +81,13 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-    """Where a line stands in the file; its id as JSON, its prompt's tokens and the most that it may write."""
+    """Where a line stands in the file; its id as JSON, a digest of its record, its prompt's tokens and the most that it
+    may write."""
 
     number: int
     offset: int
     key: str
+    digest: str
     prompt: int
     limit: int
 
@@ -112,12 +119,14 @@ def decode_file(
 ) -> Tally:
     """Answers every line of `source` in `target`, each as it is done, long prompts first.
 
-    Answers that `target` holds already are kept and not decoded again. A line that cannot be answered becomes
+    Answers that `target` holds already are kept and not decoded again: a line is known by its id and its record, so
+    that lines may be added, and lines that could not be answered be mended. A line that cannot be answered becomes
     `{"id", "line", "error"}`, with id null where none could be read, and the others go on; the first one is announced.
 
     Where one model spans several processes, all of them call this alike, and `source` is the same file for each.
 
     Args:
+      source: of any kind that `open_lines` reads.
       settings: what the answers depend on besides the input file, see `AnswerFile`.
       rows: places that decode together.
       samples: answers to each line, numbered from the line's `sample` on.
@@ -128,30 +137,26 @@ def decode_file(
       report: called whenever the loop is left. announce: called with lines for the log.
 
     Raises:
-      ValueError: for a file that is missing or not ours, or without a line that can be answered; in strict mode
-        `file:line: field: value; what to use instead`.
+      ValueError: for a file that is missing or not ours, or without a line that can be answered, or with a line that
+        has changed since it was answered; in strict mode `file:line: field: value; what to use instead`.
     """
-    if not source.is_file():
-        raise ValueError(f"input: {str(source)!r} does not exist; use a JSONL file")
-    if writes and target.exists() and target.samefile(source):
+    if writes and source != STDIN and source.exists() and target.exists() and target.samefile(source):
         raise ValueError(f"output: {str(target)!r} is the input; use another file")
-    lines, errors, digest = _index(engine, source, defaults, samples, strict, part)
-    if errors:
-        first = f"{source}:{errors[0]['line']}: {errors[0]['error']}"
-        if not lines and part == (0, 1):
-            raise ValueError(f"{first}; none of the {len(errors)} lines can be answered")
-        announce(f"{first}; {len(errors)} of {len(errors) + len(lines)} lines cannot be answered")
-    tally = Tally(prompts=len(lines), samples=len(lines) * samples, errors=len(errors))
-    asked = [(line, sample) for line in lines for sample in range(samples)]
     with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open_lines(source, announce))
+        lines, errors, digest = _index(engine, file, source, defaults, samples, strict, part)
+        if errors:
+            first = f"{source}:{errors[0]['line']}: {errors[0]['error']}"
+            if not lines and part == (0, 1):
+                raise ValueError(f"{first}; none of the {len(errors)} lines can be answered")
+            announce(f"{first}; {len(errors)} of {len(errors) + len(lines)} lines cannot be answered")
+        tally = Tally(prompts=len(lines), samples=len(lines) * samples, errors=len(errors))
+        asked = [(line, sample) for line in lines for sample in range(samples)]
         output = None
         if writes:
-            recorded = {**settings, "samples": samples, "input_sha256": digest}
-            output = stack.enter_context(AnswerFile(target, recorded))
-            for error in errors:
-                if error["line"] not in output.refused:
-                    output.write(error)
-        done = [output is not None and (line.key, sample) in output.done for line, sample in asked]
+            output = stack.enter_context(AnswerFile(target, {**settings, "samples": samples}))
+            output.write_errors(errors)
+        done = [output is not None and output.holds(line.key, sample, line.digest) for line, sample in asked]
         if part == (0, 1):
             done = _agree(source, digest, done)
         waiting = [item for item, is_done in zip(asked, done, strict=True) if not is_done]
@@ -170,7 +175,6 @@ def decode_file(
         while rows >= 2 * max(len(waiting), parts) and rows % (2 * parts) == 0:
             rows //= 2  # a short file does not need all the places
         pool = engine.pool(rows, max(line.limit for line, _ in waiting), announce=compiled)
-        file = stack.enter_context(source.open("rb"))
         start = time.perf_counter()
         for finished in engine.run(pool, _prompts(engine, file, waiting, defaults)):
             for key, prompt, result in finished:
@@ -193,7 +197,7 @@ def _agree(source: Path, digest: str, done: list[bool]) -> list[bool]:
 
 
 def _record(engine: Engine, key: _Sample, prompt: Prompt, result: Result, logprobs: bool) -> dict[str, Any]:
-    record = {"id": json.loads(key.line.key), "line": key.line.number, "sample": key.sample}
+    record = {"id": json.loads(key.line.key), "line": key.line.number, "sample": key.sample, "record": key.line.digest}
     record |= engine.reader.record(result, prompt)
     if key.answer is not None:
         record["answer"] = key.answer
@@ -210,48 +214,47 @@ def _prompts(
     memory."""
     for line, items in itertools.groupby(waiting, key=lambda item: item[0]):
         file.seek(line.offset)
-        record = _parse(file.readline())
+        record = read_record(file.readline())
         prompt = engine.prompt(record, defaults)
         for _, sample in items:
             yield _Sample(line, sample, record.get("answer")), prompt.with_sample(sample)
 
 
 def _index(
-    engine: Engine, source: Path, defaults: Mapping[str, Any], samples: int, strict: bool, part: tuple[int, int]
+    engine: Engine,
+    file: IO[bytes],
+    source: Path,
+    defaults: Mapping[str, Any],
+    samples: int,
+    strict: bool,
+    part: tuple[int, int],
 ) -> tuple[list[_Line], list[dict[str, Any]], str]:
     """The lines of this part that can be answered, error records for those that cannot, and the file's SHA-256."""
     lines, errors = [], []
     ids: dict[str, int] = {}
     digest, offset, count = hashlib.sha256(), 0, 0
-    with source.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            digest.update(line)
-            start, offset = offset, offset + len(line)
-            if not line.strip():
+    for number, line in enumerate(file, 1):
+        digest.update(line)
+        start, offset = offset, offset + len(line)
+        if not line.strip():
+            continue
+        ours, count = count % part[1] == part[0], count + 1
+        record_id: Any = None
+        try:
+            record = read_record(line)
+            record_id = record.get("id", number)
+            key = json.dumps(record_id)
+            if key in ids:
+                raise ValueError(f"id: {key} stands on line {ids[key]} too; use another one")
+            ids[key] = number
+            if not ours:
                 continue
-            ours, count = count % part[1] == part[0], count + 1
-            record_id: Any = None
-            try:
-                record = _parse(line)
-                record_id = record.get("id", number)
-                key = json.dumps(record_id)
-                if key in ids:
-                    raise ValueError(f"id: {key} stands on line {ids[key]} too; use another one")
-                ids[key] = number
-                if not ours:
-                    continue
-                request = engine.prompt(record, defaults).with_sample(samples - 1).request  # refuses too large a number
-                lines.append(_Line(number, start, key, len(request.prompt_ids), engine.limit(request)))
-            except ValueError as error:
-                if strict:
-                    raise ValueError(f"{source}:{number}: {error}") from None
-                if ours:
-                    errors.append({"id": record_id, "line": number, "error": str(error)})
+            request = engine.prompt(record, defaults).with_sample(samples - 1).request  # refuses too large a number
+            content = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+            lines.append(_Line(number, start, key, content, len(request.prompt_ids), engine.limit(request)))
+        except ValueError as error:
+            if strict:
+                raise ValueError(f"{source}:{number}: {error}") from None
+            if ours:
+                errors.append({"id": record_id, "line": number, "error": str(error)})
     return lines, errors, digest.hexdigest()
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    record = parse_record(line)
-    if isinstance(record.get("id"), bool) or not isinstance(record.get("id", 0), str | int):
-        raise ValueError(f"id: {record['id']!r:.40}; use a string or a whole number")
-    return record

@@ -31,7 +31,7 @@ class AnswerReader:
         _, answer = self.texts(result, prompt.stop if prompt else ())
         return {
             "thinking": self.tokenizer.decode(thought).strip("\n"),
-            "content": answer.lstrip("\n"),
+            "content": answer if prompt and prompt.raw else answer.lstrip("\n"),
             "token_ids": result.token_ids,
             "thinking_tokens": result.thinking_tokens,
             "injected_tokens": result.injected_tokens,

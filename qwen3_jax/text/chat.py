@@ -11,13 +11,14 @@ r"""Qwen3's chat format: conversations to ids with loss-mask spans, `/think` fla
 `render` ignores flags: a `/no_think` is an instruction that the model was trained to follow. Code that acts on flags
 uses `flag_mode`, whose parsing rule is this project's.
 
-The above describes the hybrid models of April 2025. Other models have one mode or none (`Modes`) and no flags:
+The above describes the hybrid models of April 2025. Other models have one mode (`Modes`) and no flags:
 
 - "thinking" (Thinking-2507) always thinks. The generation prompt ends in an open `<think>\n`; `enable_thinking=False`
   is refused.
 - "instruct" (Instruct-2507) never thinks. The generation prompt has no think block, whatever `enable_thinking` is. An
   assistant's content is written unchanged, and its `reasoning_content` is dropped.
-- "base" was not trained on the format: a conversation is refused.
+
+`qwen3_jax.text.chat_format` says which of them a model's directory has.
 """
 
 from __future__ import annotations
@@ -27,13 +28,12 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from qwen3_jax.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
-Modes = Literal["hybrid", "thinking", "instruct", "base"]
+Modes = Literal["hybrid", "thinking", "instruct"]
 
 ROLES = ("system", "user", "assistant", "tool")
 ASSISTANT_HEADER = "<|im_start|>assistant\n"  # the complete generation prompt when thinking is on
@@ -44,8 +44,6 @@ STOP_TEXT = (
     "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now."
     "\n</think>\n\n"
 )
-
-_END_OF_TEXT = 151643  # <|endoftext|> in the tokenizer.json of every Qwen3 model
 
 _ANY_KEYS = frozenset({"role", "content", "name", "tool_call_id"})  # the template ignores the last two
 _ASSISTANT_KEYS = frozenset({"reasoning_content", "tool_calls"})
@@ -101,32 +99,6 @@ class Rendered:
         return mask
 
 
-def modes_of(directory: str | Path) -> Modes:
-    """The modes of the model in a checkpoint directory. The first rule that applies decides:
-
-    1. "base" if `<|endoftext|>` is the only `eos_token_id`, in generation_config.json or else config.json. (Released
-       base models have a chat template too, so it does not count here.)
-    2. Without a chat template (chat_template.jinja, or in tokenizer_config.json): "hybrid" with a tokenizer.model,
-       which the shipped model has, else "base".
-    3. "hybrid" if the template reads `enable_thinking`, or its generation prompt closes a think block.
-    4. "thinking" if its generation prompt opens a think block, else "instruct".
-
-    Raises:
-      ValueError: naming the file that is not JSON.
-    """
-    directory = Path(directory)
-    generation, model = _read_json(directory / "generation_config.json"), _read_json(directory / "config.json")
-    if generation.get("eos_token_id", model.get("eos_token_id")) in (_END_OF_TEXT, [_END_OF_TEXT]):
-        return "base"
-    template = _chat_template(directory)
-    if template is None:
-        return "base" if (directory / "tokenizer.json").is_file() else "hybrid"
-    prompt = template.rpartition("add_generation_prompt")[2]
-    if "enable_thinking" in template or "</think>" in prompt:
-        return "hybrid"
-    return "thinking" if "<think>" in prompt else "instruct"
-
-
 def render(
     messages: Sequence[Message],
     tokenizer: Tokenizer,
@@ -148,24 +120,11 @@ def render(
     Raises:
       ValueError: naming the field, its value and what to use instead.
     """
-    validate_messages(messages)
-    if modes == "base":
-        raise ValueError("messages: a base model has no chat format; use a hybrid, thinking or instruct model")
-    if not isinstance(tools, list | tuple | None):
-        raise ValueError(f"tools: {tools!r:.60}; use a list of JSON objects")
-    for i, tool in enumerate(tools or ()):
-        if not isinstance(tool, Mapping):
-            raise ValueError(f"tools[{i}]: {tool!r}; use a JSON object")
-        _refuse_non_json(tool, f"tools[{i}]")
-    if not isinstance(enable_thinking, bool):
-        raise ValueError(f"enable_thinking: {enable_thinking!r}; use true or false")
-    if modes == "thinking" and not enable_thinking:
-        raise ValueError("enable_thinking: False, but this model has no non-thinking mode; use True")
-
     pieces: list[str] = []
     ids: list[int] = []
     spans: list[Span] = []
-    for role, turn in _turns(messages, tools or (), thoughts=modes != "instruct"):
+    turns, prompt = _written(messages, tools, enable_thinking, add_generation_prompt, modes)
+    for role, turn in turns:
         # Encoding turn by turn gives the ids of the complete text: every cut is beside <|im_start|> or <|im_end|>, and
         # tokenizers split the text at these markers first.
         turn_ids = tokenizer.encode(turn)
@@ -174,12 +133,21 @@ def render(
         spans.append(Span(role, start, len(ids)))
         ids += tokenizer.encode("\n")
         pieces += [turn, "\n"]
-    if add_generation_prompt:
-        opening = {"hybrid": "" if enable_thinking else EMPTY_THOUGHT, "thinking": OPEN_THOUGHT, "instruct": ""}
-        prompt = ASSISTANT_HEADER + opening[modes]
-        ids += tokenizer.encode(prompt)
-        pieces.append(prompt)
-    return Rendered("".join(pieces), tuple(ids), tuple(spans))
+    ids += tokenizer.encode(prompt)
+    return Rendered("".join([*pieces, prompt]), tuple(ids), tuple(spans))
+
+
+def render_text(
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    enable_thinking: bool = True,
+    add_generation_prompt: bool = True,
+    modes: Modes = "hybrid",
+) -> str:
+    """The text of `render` alone."""
+    turns, prompt = _written(messages, tools, enable_thinking, add_generation_prompt, modes)
+    return "".join(f"{turn}\n" for _, turn in turns) + prompt
 
 
 def validate_messages(messages: Sequence[Message]) -> None:
@@ -264,22 +232,24 @@ def split_ids(ids: Sequence[int], *, think: int, end_think: int, in_think: bool 
     return ids[:end], ids[end + 1 :]
 
 
-def _chat_template(directory: Path) -> str | None:
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = _read_json(directory / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):  # several under names
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where the file does not exist."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+def _written(
+    messages: Sequence[Message], tools: Any, enable_thinking: bool, add_generation_prompt: bool, modes: Modes
+) -> tuple[list[tuple[str, str]], str]:
+    """Role and text of each turn, and the generation prompt, empty where none is asked for."""
+    validate_messages(messages)
+    if not isinstance(tools, list | tuple | None):
+        raise ValueError(f"tools: {tools!r:.60}; use a list of JSON objects")
+    for i, tool in enumerate(tools or ()):
+        if not isinstance(tool, Mapping):
+            raise ValueError(f"tools[{i}]: {tool!r}; use a JSON object")
+        _refuse_non_json(tool, f"tools[{i}]")
+    if not isinstance(enable_thinking, bool):
+        raise ValueError(f"enable_thinking: {enable_thinking!r}; use true or false")
+    if modes == "thinking" and not enable_thinking:
+        raise ValueError("enable_thinking: False, but this model has no non-thinking mode; use True")
+    turns = list(_turns(messages, tools or (), thoughts=modes != "instruct"))
+    opening = {"hybrid": "" if enable_thinking else EMPTY_THOUGHT, "thinking": OPEN_THOUGHT, "instruct": ""}
+    return turns, ASSISTANT_HEADER + opening[modes] if add_generation_prompt else ""
 
 
 def _turns(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen3_jax.request import SETTINGS, Request
 from qwen3_jax.text import chat
+from qwen3_jax.text.chat_format import ChatFormat
 from qwen3_jax.text.query_mode import query_mode
 from qwen3_jax.text.tokenizer import Tokenizer
 
@@ -15,7 +16,10 @@ from qwen3_jax.text.tokenizer import Tokenizer
 THINKING_SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0}
 NON_THINKING_SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0, "presence_penalty": 1.5}
 
-_FIELDS = ("id", "messages", "prompt", "tools", "answer", "enable_thinking", "mode_by_query", "stop", *SETTINGS)
+_DEFAULT_ROOM = 1024  # most new tokens where nothing is said
+_ANSWER_ROOM = 512  # of these for the answer, where a budget takes more
+_PROMPTS = ("messages", "prompt", "text", "prompt_ids")
+_FIELDS = ("id", *_PROMPTS, "tools", "answer", "enable_thinking", "mode_by_query", "stop", *SETTINGS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +29,13 @@ class Prompt:
     stop: texts that end the answer and are not part of it. They are looked for in the answer alone, never in a thought
       or in forced text.
     rule: of `query_mode`, that chose the mode; None where it was not asked.
+    raw: whether a text is continued as it is, without a chat format.
     """
 
     request: Request
     stop: tuple[str, ...] = ()
     rule: str | None = None
+    raw: bool = False
 
     def with_sample(self, number: int) -> Prompt:
         """The sample `number` after the one that it asks for."""
@@ -38,17 +44,19 @@ class Prompt:
 
 
 def read_prompt(
-    record: Mapping[str, Any], tokenizer: Tokenizer, modes: chat.Modes, defaults: Mapping[str, Any] | None = None
+    record: Mapping[str, Any], tokenizer: Tokenizer, form: ChatFormat, defaults: Mapping[str, Any] | None = None
 ) -> Prompt:
     """What a record asks for.
 
     Args:
-      record: `prompt` (one user turn) or `messages` (a conversation, with `tools`), and any setting of a `Request`;
-        `enable_thinking` false puts the empty block into the prompt; `stop`, a text or a list of them;
-        `mode_by_query` true leaves the mode to `query_mode` where neither a flag nor `enable_thinking` says it.
-        Flags in the text follow `chat.flag_mode`. A model with one mode only knows no flags: see `chat`.
-        A field with the value null counts as absent.
-      defaults: fields for records that do not have them; sampling is by mode where neither says.
+      record: `prompt` (one user turn) or `messages` (a conversation, with `tools`), or `text` or `prompt_ids`, which
+        are continued as they are; and any setting of a `Request`. `enable_thinking` false puts the empty block into the
+        prompt; `stop`, a text or a list of them; `mode_by_query` true leaves the mode to `query_mode` where neither a
+        flag nor `enable_thinking` says it. Flags in the text follow `chat.flag_mode`. A model with one mode only knows
+        no flags: see `chat`. A field with the value null counts as absent.
+      form: how conversations are written for the model.
+      defaults: fields for records that do not have them. Where neither says, sampling is by mode (greedy for `text` and
+        `prompt_ids`), and `max_new_tokens` is 1024, or more where a thinking budget needs it.
 
     Raises:
       ValueError: `field: value; what to use instead`.
@@ -57,15 +65,23 @@ def read_prompt(
     unknown = [name for name in record if name not in _FIELDS]
     if unknown:
         raise ValueError(f"{unknown[0]}: unknown field; use one of {', '.join(_FIELDS)}")
-    if ("prompt" in record) == ("messages" in record):
-        raise ValueError("prompt, messages: use exactly one of the two")
+    given = [name for name in _PROMPTS if name in record]
+    if len(given) != 1:
+        raise ValueError(f"{', '.join(given or _PROMPTS)}: use exactly one of {', '.join(_PROMPTS)}")
+    fields = {**(defaults or {}), **record}
+    chosen = {name: fields[name] for name in SETTINGS if name in fields}
+    budget = fields.get("thinking_budget")
+    if budget != "auto":  # defaults for automatic budgets do not concern a record with a budget of its own
+        chosen = {name: chosen[name] for name in chosen if not name.startswith("auto_") or name in record}
+    chosen.setdefault("max_new_tokens", _room(budget, chosen, tokenizer))
+    stop = _stop_texts(fields.get("stop", ()))
+    if given[0] in ("text", "prompt_ids"):
+        return Prompt(Request(_raw_ids(record, budget, tokenizer), **chosen), stop, raw=True)
     if "prompt" in record and not isinstance(record["prompt"], str):
         raise ValueError(f"prompt: {record['prompt']!r}; use a string")
     messages = record.get("messages", [{"role": "user", "content": record.get("prompt")}])
-    fields = {**(defaults or {}), **record}
-    enable_thinking = fields.get("enable_thinking", True)
-    rendered = chat.render(messages, tokenizer, tools=record.get("tools"), enable_thinking=enable_thinking, modes=modes)
-    budget = fields.get("thinking_budget")
+    enable_thinking, modes = fields.get("enable_thinking", True), form.modes
+    rendered = form.render(messages, tokenizer, tools=record.get("tools"), enable_thinking=enable_thinking)
     if modes == "instruct" and budget not in (None, -1):
         raise ValueError(f"thinking_budget: {budget!r}, but this model never thinks; leave it out")
     if modes == "thinking" and budget == 0:
@@ -77,12 +93,30 @@ def read_prompt(
         flag, rule = query_mode(messages)
     thinking = modes != "hybrid" or (enable_thinking and flag is not False)
     thinks = thinking and budget != 0 and modes != "instruct"
-    chosen = {name: fields[name] for name in SETTINGS if name in fields}
-    if budget != "auto":  # defaults for automatic budgets do not concern a record with a budget of its own
-        chosen = {name: chosen[name] for name in chosen if not name.startswith("auto_") or name in record}
     sampling = THINKING_SAMPLING if thinks else NON_THINKING_SAMPLING
-    request = Request(rendered.ids, thinking=thinking, **{**sampling, **chosen})
-    return Prompt(request, _stop_texts(fields.get("stop", ())), rule)
+    return Prompt(Request(rendered.ids, thinking=thinking, **{**sampling, **chosen}), stop, rule)
+
+
+def _room(budget: Any, chosen: Mapping[str, Any], tokenizer: Tokenizer) -> int:
+    """Tokens for the thought that the budget allows, the stop text and an answer; see `_DEFAULT_ROOM`."""
+    most, grace = chosen.get("auto_cap") if budget == "auto" else budget, chosen.get("grace", 0)
+    if not (isinstance(most, int) and isinstance(grace, int)):
+        return _DEFAULT_ROOM
+    return max(_DEFAULT_ROOM, most + grace + len(tokenizer.encode(chat.STOP_TEXT)) + _ANSWER_ROOM)
+
+
+def _raw_ids(record: Mapping[str, Any], budget: Any, tokenizer: Tokenizer) -> Sequence[int]:
+    """The ids of a prompt that is continued as it is."""
+    for name in ("tools", "enable_thinking", "mode_by_query"):
+        if name in record:
+            raise ValueError(f"{name}: with text or prompt_ids, which have no chat format; use messages with it")
+    if budget == 0:
+        raise ValueError("thinking_budget: 0 with text or prompt_ids, which have no modes; leave it out")
+    if "prompt_ids" in record:
+        return record["prompt_ids"]  # a Request checks them
+    if not isinstance(record["text"], str) or not record["text"]:
+        raise ValueError(f"text: {record['text']!r}; use a string that is not empty")
+    return tokenizer.encode(record["text"])
 
 
 def _flag(name: str, fields: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""JSON lines, as infer.py reads and writes them."""
+"""JSON from outside: strict about what JSON is, and about text that cannot be encoded."""
 
 from __future__ import annotations
 
@@ -6,22 +6,32 @@ import json
 from typing import Any
 
 
-def parse_record(line: bytes) -> dict[str, Any]:
-    """The JSON object on a line of UTF-8.
+def parse_json(content: bytes) -> Any:
+    """The JSON value in UTF-8 bytes, with or without a byte order mark.
 
     Raises:
-      ValueError: the line is not valid JSON (NaN and Infinity are not), not an object, or has an unpaired surrogate in
-        a string, which cannot be encoded.
+      ValueError: the bytes are not valid JSON (NaN and Infinity are not), or a string has an unpaired surrogate, which
+        cannot be encoded.
     """
 
     def refuse(name: str) -> Any:
         raise ValueError(f"{name} is not a JSON number")
 
     try:
-        record = json.loads(line.decode("utf-8-sig"), parse_constant=refuse)
-        json.dumps(record, ensure_ascii=False).encode()
+        value = json.loads(content.decode("utf-8-sig"), parse_constant=refuse)
+        json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error})") from None
+    return value
+
+
+def parse_record(line: bytes) -> dict[str, Any]:
+    """The JSON object on a line.
+
+    Raises:
+      ValueError: of `parse_json`, or for another JSON value.
+    """
+    record = parse_json(line)
     if not isinstance(record, dict):
         raise ValueError(f"{line.decode(errors='replace').strip()[:40]!r}: not a JSON object")
     return record

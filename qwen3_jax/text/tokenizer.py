@@ -26,9 +26,10 @@ CHAT_MARKERS = (
 )
 
 # The files of a checkpoint directory beside weights and config.json; they are copied with the weights.
+GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
-    *("chat_template.jinja", "generation_config.json"),
+    *("chat_template.jinja", GENERATION_CONFIG),
 )
 
 _SPACE = "\u2581"  # SentencePiece's spelling of a space inside pieces

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,8 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from qwen3_jax.data import DataConfig, make_loader, write_catalogue
-from qwen3_jax.text.tokenizer import TOKENIZER_FILES
+from qwen3_jax.data import DataConfig, make_loader, survey, write_catalogue
+from qwen3_jax.text.tokenizer import GENERATION_CONFIG, TOKENIZER_FILES, load_tokenizer
 from qwen3_jax.train.next_token import packed_arrays
 from qwen3_jax.train.objective import Batch, batch_structs
 
@@ -64,11 +65,17 @@ class FileFeed:
         self._loader.set_state(state)
 
     def describe(self, directory: Path) -> None:
-        """The catalogue of the sources, and the tokenizer."""
+        """The catalogue of the sources, the tokenizer, and the ids at which the trained model ends."""
         write_catalogue(self._config, directory)
         for file in (Path(self._config.tokenizer) / name for name in TOKENIZER_FILES):
             if file.is_file():
                 shutil.copyfile(file, directory / file.name)
+        # A base model that learns conversations ends its turns from now on, and is read as a model that does.
+        found, ends = survey(self._config), directory / GENERATION_CONFIG
+        if (found.has_chats and found.form.is_base) or not ends.exists():
+            im_end, end_of_text = load_tokenizer(self._config.tokenizer).eos_ids
+            eos = [im_end, end_of_text] if found.has_chats else end_of_text
+            ends.write_text(json.dumps({"bos_token_id": end_of_text, "eos_token_id": eos}, indent=2) + "\n")
 
     def _put(self, name: str, rows: np.ndarray) -> jax.Array:
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen3_jax.chips import BY_DEVICE_KIND
 from qwen3_jax.config import ModelConfig
@@ -25,14 +27,16 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     return 6.0 * matmul + 6.0 * config.num_hidden_layers * heads * sequence_length
 
 
-def peak_flops(devices: Sequence[jax.Device]) -> tuple[float, str]:
-    """`(FLOP/s of all devices together, where the figure is from)`."""
+def peak_flops(devices: Sequence[jax.Device], dtype: str) -> tuple[float, str]:
+    """`(FLOP/s of all devices together, where the figure is from)`. `dtype`: that the step computes in."""
     kind = devices[0].device_kind
     if kind in BY_DEVICE_KIND:
         return BY_DEVICE_KIND[kind].peak_flops * len(devices), f"data sheet of {kind}"
-    # For others, above all CPUs, whose virtual devices share one set of cores: a large matmul, the best of four.
-    n = 1024
-    x = jnp.ones((n, n), jnp.float32)
-    multiply = jax.jit(jnp.matmul).lower(x, x).compile()
+    # For others, above all CPUs, whose virtual devices share one set of cores: a matmul on each of this process's
+    # devices at once, the best of four.
+    n, own = 512, jax.local_devices()
+    sharding = NamedSharding(Mesh(np.array(own), ("device",)), PartitionSpec("device"))
+    x = jax.jit(lambda: jnp.ones((len(own), n, n), dtype), out_shardings=sharding)()
+    multiply = jax.jit(jnp.matmul, out_shardings=sharding).lower(x, x).compile()
     best = min(timeit.repeat(lambda: multiply(x, x).block_until_ready(), number=1, repeat=4))
-    return 2 * n**3 / best, f"a float32 matmul of {n} on {kind}, measured"
+    return 2 * n**3 * len(devices) / best, f"{dtype} matmuls of {n} on {len(own)} x {kind}, measured"

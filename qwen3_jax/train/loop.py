@@ -58,6 +58,9 @@ def train(
     ):
         state, step = start_state(program, feed, directory, checkpointer, ledger, console)
         describe_run(directory.files, config, feed)
+        if step >= config.steps:
+            console.print(f"finished: step {step} of {config.steps}; to go on use a larger steps", soft_wrap=True)
+            return None
         profiler = Profiler(config.profile, directory.files / "profile")
         with Reporter(config, objective, mesh, directory, step, ledger, console) as reporter:
             with ledger.phase("compile"):

@@ -87,6 +87,10 @@ def batch_structs(
             )
         micro = [n // accumulation if axis == "batch" else n for n, axis in zip(array.shape, array.axes, strict=True)]
         # Checked here for an error in one line; XLA's has fifty.
-        sharding = NamedSharding(mesh, partition_spec(array.axes, mesh, micro))
+        try:
+            sharding = NamedSharding(mesh, partition_spec(array.axes, mesh, micro))
+        except ValueError as error:
+            sizes = f"{array.shape[array.axes.index('batch')]} in {accumulation} micro-batches"
+            raise ValueError(f"data.batch_size: {sizes}; {error}") from None
         structs[name] = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
     return structs

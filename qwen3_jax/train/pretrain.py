@@ -7,6 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 from rich.console import Console
 
+from qwen3_jax.data import survey
 from qwen3_jax.model import Qwen3
 from qwen3_jax.text.tokenizer import load_tokenizer
 from qwen3_jax.train.config import TrainConfig
@@ -39,6 +40,8 @@ def pretrain(config: TrainConfig, stop: StopSignal, console: Console) -> str | N
                 f"model.vocab_size: {config.model.vocab_size}, but {name}.tokenizer {data.tokenizer!r} has {count} "
                 f"tokens; use at least {count}"
             )
+        for line in survey(data).lines if data is not None else ():
+            console.print(f"{name}.{line}" if line.startswith("sources.") else line, highlight=False, soft_wrap=True)
     objective = next_token(config)
     feed = FileFeed(config.data, mesh, config.accumulation)
     held_out = None

@@ -44,7 +44,7 @@ class Reporter:
         self._config, self._objective, self._directory = config, objective, directory
         self._ledger, self._console = ledger, console
         self._schedule = make_schedule(config.optimizer, config.steps)
-        self._peak, peak_source = peak_flops(jax.devices())
+        self._peak, peak_source = peak_flops(jax.devices(), config.compute.dtype)
         self._announce(mesh, start, peak_source)
         self._log = MetricsLog(directory.files, start) if jax.process_index() == 0 else None
         self._progress = Progress(
@@ -93,6 +93,8 @@ class Reporter:
         self._clock += seconds
         rate, mfu = tokens / seconds, self._objective.flops / seconds / self._peak
         status = f"loss {numbers['loss']:.4f}  {rate:,.0f} tokens/s  MFU {mfu:.1%}"
+        if "eval_loss" in extra:
+            self._console.print(f"step {step:,}: eval_loss {extra['eval_loss']:.4f}", highlight=False, soft_wrap=True)
         self._progress.update(self._task, completed=step, status=status)
         is_last, now = step == self._config.steps, time.perf_counter()
         if not self._console.is_terminal and (is_last or now - self._last_line >= _SECONDS_PER_LINE):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import re
 import shutil
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 from etils import epath
@@ -17,6 +18,7 @@ from etils import epath
 from qwen3_jax.checkpoint import CHECKPOINTS, reason_of
 
 METRICS = "metrics.jsonl"
+_LOCK = ".lock"
 _EVERY = 60.0  # seconds between copies to a bucket
 
 
@@ -49,7 +51,7 @@ class RunDirectory:
       directory: output_dir itself. checkpoints: in it. files: where this process writes everything else.
 
     Raises:
-      ValueError: nothing can be written there.
+      ValueError: nothing can be written there, or another run is writing there.
     """
 
     def __init__(self, output_dir: str) -> None:
@@ -58,6 +60,7 @@ class RunDirectory:
         self.checkpoints = self.directory / CHECKPOINTS
         self._in_bucket = "://" in output_dir
         self.files = Path(tempfile.mkdtemp(prefix="qwen3-jax-") if self._in_bucket else output_dir)
+        self._lock = None if self._in_bucket else _locked(self.directory / _LOCK)
         self._copied: dict[Path, tuple[int, int]] = {}  # size and time of each file when it was copied
         self._copying = threading.Lock()
         self._left = threading.Event()
@@ -112,8 +115,25 @@ class RunDirectory:
         finally:
             if self._in_bucket:
                 shutil.rmtree(self.files, ignore_errors=True)
+            if self._lock is not None:
+                self._lock.close()
 
     def _publish_regularly(self) -> None:
         while not self._left.wait(_EVERY):
             with contextlib.suppress(OSError):  # tried again in a minute, and before a checkpoint for good
                 self.publish()
+
+
+def _locked(path: epath.Path) -> IO[bytes] | None:
+    """The file, held by process 0 until it is closed or the process dies."""
+    if jax.process_index() > 0:
+        return None
+    file = open(path, "wb")  # noqa: SIM115 (it stays open)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"output_dir: {str(path.parent)!r} is in use by another run; use another directory") from None
+    except OSError:  # a file system without locks
+        pass
+    return file

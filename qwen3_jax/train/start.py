@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import yaml
 from etils import epath
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from rich.console import Console
 
 from qwen3_jax import hf
-from qwen3_jax.checkpoint import CHECKPOINTS, Checkpointer, find_verified, restore_params
+from qwen3_jax.checkpoint import Checkpointer, find_params, restore_params
 from qwen3_jax.config import ModelConfig
+from qwen3_jax.text.tokenizer import GENERATION_CONFIG
 from qwen3_jax.train.config import TrainConfig
 from qwen3_jax.train.feed import Feed
 from qwen3_jax.train.ledger import Ledger
@@ -72,20 +74,22 @@ def start_state(
 
 
 def _load(source: epath.Path, config: ModelConfig, params: Any, mesh: Mesh, announce: Callable[[str], None]) -> Any:
-    """The weights of a Hugging Face checkpoint, or of a run's newest verified one."""
+    """The weights of a Hugging Face checkpoint, of one that `qwen3-jax convert` wrote, or of a run's newest."""
     found_config = ModelConfig.from_hf(source)
     for name, theirs, ours in different_weights(found_config, config):
         raise ValueError(f"init_from: {str(source)!r} has {name} {theirs!r}; model.{name}: {ours!r}")
     for name in ("rope_theta", "rope_scaling", "max_position_embeddings"):
         if (theirs := getattr(found_config, name)) != (ours := getattr(config, name)):
             announce(f"init_from: {source} has {name} {theirs!r}; this run uses {ours!r}")
-    if not (source / CHECKPOINTS).is_dir():
-        return hf.load_checkpoint(source, dtype="float32", mesh=mesh, stacked=True)[1]
-    found = find_verified(source / CHECKPOINTS, announce)
-    if found is None:
-        raise ValueError(f"init_from: {str(source)!r} holds no checkpoint; use a run that has saved one")
-    announce(f"weights of {found}")
-    return restore_params(found, params)
+    try:
+        found = find_params(source, announce)
+        if found is not None:
+            return restore_params(found, params)
+        loaded = hf.load_checkpoint(source, dtype="float32", mesh=mesh, stacked=True)[1]
+    except ValueError as error:
+        raise ValueError(f"init_from: {error}") from None
+    announce(f"{source}: {config.num_params:,} weights read")
+    return loaded
 
 
 def different_weights(one: ModelConfig, other: ModelConfig) -> list[tuple[str, Any, Any]]:
@@ -103,10 +107,16 @@ def run_record(config: TrainConfig, step: int, guard: Guard, ledger: Ledger) -> 
 
 
 def describe_run(files: Path, config: TrainConfig, feed: Feed) -> None:
-    """Leaves what it takes to export a checkpoint, and what says where batches came from; process 0 does."""
+    """Leaves what it takes to export a checkpoint, what says where batches came from, and `config.yaml`, which train.py
+    takes; process 0 does."""
     if jax.process_index() == 0:
-        (files / "config.json").write_text(json.dumps(config.model.to_hf(), indent=2) + "\n", encoding="utf-8")
         feed.describe(files)
+        raw = config.model.to_hf()
+        if (ends := files / GENERATION_CONFIG).exists():
+            raw |= {key: value for key, value in json.loads(ends.read_text()).items() if key in raw}
+        (files / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+        plain = json.loads(json.dumps(dataclasses.asdict(config)))
+        (files / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 @functools.cache

@@ -61,7 +61,7 @@ def test_json_has_the_fields_of_a_record(capsys: pytest.CaptureFixture[str], eng
     assert record["thinking"].startswith("2 plus 3")
     counts = (record["thinking_tokens"], record["injected_tokens"], record["answer_tokens"])
     assert counts == (4, len(engine.tokens.stop_ids), 2)
-    assert (record["thinking_end"], record["finish_reason"]) == ("budget", "stop")
+    assert (record["thinking_end"], record["finish_reason"]) == ("budget", "eos")
     assert len(record["token_ids"]) == sum(counts) + 1  # and <think>
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from qwen3_jax.cli.main import main
 from qwen3_jax.data import DataConfig, SourceConfig, make_loader, write_catalogue
+from qwen3_jax.data.config import Encoding
 from qwen3_jax.data.tokenize import tokenize_source
 from qwen3_jax.text.tokenizer import load_tokenizer, train_sentencepiece
 
@@ -27,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]
     for name, records in (("web", web), ("code", [{"text": LETTERS[2] * 9, "labels": {"domain": "code"}}])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records * 10))
     code = SourceConfig("code", (str(folder / "code.jsonl"),), licence="MIT", origin="forge", languages=("c",))
-    tokenize_source(code, str(folder), folder / "code", workers=1)
+    tokenize_source(code, Encoding(str(folder)), folder / "code", workers=1)
     sources = (
         SourceConfig("web", (str(folder / "web.jsonl"),), 3, "CC-BY-4.0", languages=("de", "fr")),
         SourceConfig("code", (str(folder / "code" / "*.arrayrecord"),), 1),

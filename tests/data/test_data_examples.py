@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import templates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3_jax.data.config import Turns
-from qwen3_jax.data.examples import Cutter, Encoded, Encoder, Example, encoding_of
+from qwen3_jax.data.config import Encoding, Turns
+from qwen3_jax.data.examples import Cutter, Encoded, Encoder, Example, fingerprint_of
+from qwen3_jax.data.records import read_record
 from qwen3_jax.data.source import Document, DocumentSource
 from qwen3_jax.text.chat import Modes
+from qwen3_jax.text.chat_format import ChatFormat
 from qwen3_jax.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
 STOP_TEXT = (
@@ -167,17 +170,17 @@ def test_the_chat_format_is_that_of_the_tokenizers_directory(tokenizer: Tokenize
     """An instruct model learns no think block, and what was tokenised for it is refused for a hybrid one."""
     train_sentencepiece(["the user asks"], tmp_path / "tokenizer.model", vocab_size=400)
     document = Document("a.jsonl", 0, json.dumps(_chat("4")).encode())
-    hybrid, before = Encoder.of(str(tmp_path)), encoding_of(str(tmp_path), "auto")
-    template = "{{ message.content }}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    (tmp_path / "chat_template.jinja").write_text(template)
-    instruct = Encoder.of(str(tmp_path))
+    encoding = Encoding(str(tmp_path))
+    hybrid, before = Encoder.of(encoding), fingerprint_of(encoding)
+    (tmp_path / "chat_template.jinja").write_text(templates.INSTRUCT)
+    instruct = Encoder.of(encoding)
     said = [
         encode.tokenizer.decode(np.extract(encoded.loss_mask_N, encoded.tokens_N).tolist())
         for encode in (hybrid, instruct)
         for encoded in encode(document).examples
     ]
     assert said == ["<think>\n\n</think>\n\n4<|im_end|>", "4<|im_end|>"]
-    assert encoding_of(str(tmp_path), "auto") == f"{before}-instruct"
+    assert fingerprint_of(encoding) == f"{before}-instruct"
 
 
 def test_null_counts_as_absent(tokenizer: Tokenizer) -> None:
@@ -238,7 +241,7 @@ def test_each_round_is_learnt_as_it_stood_when_it_was_written(
     (document,) = DocumentSource([str(path)])
 
     def learnt(turns: Turns, modes: Modes = "hybrid") -> list[str]:
-        encoded = Encoder(tokenizer, modes, turns)(document)
+        encoded = Encoder(tokenizer, ChatFormat(modes), turns)(document)
         assert Encoded.from_bytes(encoded.to_bytes()).labels == {}
         return [_in_loss(tokenizer, example) for example in Cutter(1024)(encoded, document)]
 
@@ -257,25 +260,107 @@ def test_each_round_is_learnt_as_it_stood_when_it_was_written(
     assert len(learnt("auto")) == 1
 
 
+TURNS = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "a\nb"},
+    {"role": "assistant", "content": "c"},
+    {"role": "user", "content": "d"},
+    {"role": "assistant", "content": "e"},
+]
+
+
+@pytest.mark.parametrize(
+    ("record", "shape"),
+    [
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "s"},
+                    {"from": "human", "value": "a\nb"},
+                    {"from": "gpt", "value": "c", "weight": None},
+                    {"from": "user", "value": "d"},
+                    {"from": "assistant", "value": "e"},
+                ]
+            },
+            "ShareGPT",
+        ),
+        ({"system": "s", "conversations": [dict(turn) for turn in TURNS[1:]]}, "ShareGPT"),
+        (
+            {"instruction": "d", "input": "", "output": "e", "system": "s", "history": [["a\nb", "c"]]},
+            "Alpaca",
+        ),
+        ({"messages": json.dumps(TURNS), "tools": ""}, ""),
+    ],
+)
+def test_conversations_of_other_shapes_are_read(tokenizer: Tokenizer, record: dict[str, Any], shape: str) -> None:
+    given, expected = _encode(tokenizer, record), _encode(tokenizer, {"messages": TURNS})
+    for one, other in zip(given, expected, strict=True):
+        np.testing.assert_array_equal(one.tokens_N, other.tokens_N)
+        np.testing.assert_array_equal(one.loss_mask_N, other.loss_mask_N)
+    assert read_record(Document("a.jsonl", 0, json.dumps(record).encode())).shape.startswith(shape)
+
+
+def test_alpacas_input_follows_its_instruction(tokenizer: Tokenizer) -> None:
+    alpaca = _encode(tokenizer, {"instruction": "a", "input": "b", "output": "c"})
+    pair = _encode(tokenizer, {"prompt": "a\nb", "completion": "c"})
+    messages = _encode(tokenizer, {"messages": TURNS[1:3]})
+    for one in (alpaca, pair):
+        np.testing.assert_array_equal(one[0].tokens_N, messages[0].tokens_N)
+
+
+def test_of_a_prompt_of_messages_the_completion_alone_is_learnt(tokenizer: Tokenizer) -> None:
+    (example,) = _encode(tokenizer, {"prompt": TURNS[:4], "completion": TURNS[4:]})
+    assert _in_loss(tokenizer, example) == "<think>\n\n</think>\n\ne<|im_end|>"
+
+
+def test_a_sharegpt_call_is_a_tool_call(tokenizer: Tokenizer) -> None:
+    call = {"name": "f", "arguments": {"x": 1}}
+    turns = [
+        {"from": "human", "value": "a"},
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "observation", "value": "1"},
+        {"from": "gpt", "value": "b"},
+    ]
+    tools = [{"name": "f"}]
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "b"},
+    ]
+    given = _encode(tokenizer, {"conversations": turns, "tools": json.dumps(tools)})
+    expected = _encode(tokenizer, {"messages": messages, "tools": tools})
+    np.testing.assert_array_equal(given[0].tokens_N, expected[0].tokens_N)
+
+
 MALFORMED = [
     (b'{"text": "a"', "Expecting ',' delimiter"),
     (b"\xff", "can't decode byte 0xff"),
-    (b"[1]", 'one of the keys "text" and "messages"'),
-    (b'{"txt": "a"}', 'one of the keys "text" and "messages"'),
-    (b'{"text": "a", "messages": []}', 'one of the keys "text" and "messages"'),
+    (b"[1]", "not a JSON object"),
+    (b'{"txt": "a", "id": 1}', "an object with the keys 'txt', 'id'; use text, messages, conversations, instruction"),
+    (b'{"text": "a", "messages": []}', '"text" and "messages": both; use one of them'),
     (b'{"text": 1}', "text: 1; use a string"),
-    (b'{"text": null}', 'one of the keys "text" and "messages"'),
+    (b'{"text": null}', "an object with the keys (none); use text"),
     (b'{"text": "\\ud800"}', "surrogates not allowed"),
     (b'{"text": "a", "labels": ["math"]}', "labels: ['math']; use an object of strings"),
     (b'{"text": "a", "labels": {"domain": 1}}', "labels: {'domain': 1}; use an object of strings"),
     (b'{"messages": {}}', "messages: {}; use a list"),
     (b'{"messages": []}', "messages: no assistant turn"),
     (b'{"messages": [{"role": "user", "content": "a"}]}', "messages: no assistant turn"),
-    (b'{"messages": [{"role": "assistant", "content": "a"}, 1]}', "messages"),
+    (b'{"messages": [{"role": "assistant", "content": "a"}, 1]}', "messages: not all are objects"),
+    (b'{"conversations": [{"from": "robot", "value": "a"}]}', "conversations[0].from: 'robot'; use one of human"),
+    (b'{"conversations": [{"from": "gpt", "value": 1}]}', "conversations[0].value: 1; use a string"),
+    (b'{"conversations": ["a"]}', "conversations[0]: 'a'; use an object with from and value"),
+    (b'{"conversations": [{"from": "function_call", "value": "f()"}]}', "value: 'f()'; use the JSON of a call"),
+    (b'{"instruction": "a", "output": ["b"]}', "output: ['b']; use a string"),
+    (b'{"instruction": "a", "output": "b", "history": [["c"]]}', "history: [['c']]; use a list of pairs"),
+    (b'{"prompt": "a", "completion": ["b"]}', "prompt: 'a'; use a list"),
+    (b'{"messages": "[{", "tools": null}', "messages: '[{'; use a list, or its JSON text"),
+    (b'{"messages": [{"role": "assistant", "content": "a"}], "tools": "f"}', "tools: 'f'; use a list, or its JSON"),
     (b'{"messages": [{"role": "assistant", "content": 1}]}', "content"),
     (b'{"messages": [{"role": "assistant", "content": "a"}], "tools": 1}', "tools: 1; use a list"),
-    (b'{"messages": [{"role": "assistant", "content": "a"}], "no_loss": "a"}', "no_loss: 'a'; use a list"),
-    (b'{"messages": [{"role": "assistant", "content": "a"}], "no_loss": [""]}', "no_loss: ['']; use strings"),
+    (b'{"messages": [{"role": "assistant", "content": "a"}], "no_loss": "a"}', "no_loss: 'a'; use a list of strings"),
+    (b'{"messages": [{"role": "assistant", "content": "a"}], "no_loss": [""]}', "no_loss: ['']; use a list of strings"),
 ]
 
 

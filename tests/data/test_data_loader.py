@@ -19,6 +19,7 @@ import pytest
 from processes import Command
 
 from qwen3_jax.data import DataConfig, SourceConfig, make_loader
+from qwen3_jax.data.config import Encoding
 from qwen3_jax.data.mixture import shuffled
 from qwen3_jax.data.packing import OPEN_ROWS
 from qwen3_jax.data.tokenize import tokenize_source
@@ -470,7 +471,7 @@ def test_blank_texts_are_passed_over(tmp_path: Path, folder: Path) -> None:
 
     assert tokens("with") == tokens("without")
     tokenize_source(
-        SourceConfig("web", (str(tmp_path / "with" / "web.jsonl"),)), str(folder), tmp_path / "t", workers=1
+        SourceConfig("web", (str(tmp_path / "with" / "web.jsonl"),)), Encoding(str(folder)), tmp_path / "t", workers=1
     )
     assert tokens("t", "*.arrayrecord") == tokens("without")
     with pytest.raises(

@@ -126,5 +126,5 @@ def test_parquet_gives_bytes_as_text_and_no_padding_of_structs(tmp_path: Path) -
 
 def test_parquet_without_the_columns_is_refused(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r'a\.parquet\' cannot be read \(no column "text" or "messages"\)'):
+    with pytest.raises(ValueError, match=r"a\.parquet\' cannot be read \(columns body; use text, or messages\)"):
         DocumentSource([str(tmp_path / "*")])

@@ -18,6 +18,7 @@ import yaml
 from qwen3_jax.cli.main import main
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.data import DataConfig, SourceConfig, make_loader
+from qwen3_jax.data.config import Encoding
 from qwen3_jax.data.tokenize import tokenize_source
 from qwen3_jax.text.tokenizer import train_sentencepiece
 
@@ -48,7 +49,7 @@ def _source(path: Path | str, **fields: Any) -> SourceConfig:
 @pytest.fixture(scope="module")
 def shards(folder: Path) -> Path:
     source = _source(folder / "web.jsonl", licence="CC0", languages=("en",))
-    tokenize_source(source, str(folder), folder / "shards", workers=2, documents_per_shard=12)
+    tokenize_source(source, Encoding(str(folder)), folder / "shards", workers=2, documents_per_shard=12)
     return folder / "shards"
 
 
@@ -81,7 +82,7 @@ def test_what_is_there_is_not_made_again(folder: Path, shards: Path) -> None:
     os.truncate(shards / "000003.arrayrecord", 1000)
     tokenize_source(
         _source(folder / "web.jsonl", licence="CC0", languages=("en",)),
-        str(folder),
+        Encoding(str(folder)),
         shards,
         workers=1,
         documents_per_shard=12,
@@ -150,9 +151,11 @@ def test_another_tokenizer_is_refused_by_name(folder: Path, shards: Path, tmp_pa
     with pytest.raises(ValueError, match=r"sources.web: tokenised by another tokenizer \(\w{16}\) than .* \(\w{16}\)"):
         make_loader(DataConfig((_source(shards / "*.arrayrecord"),), str(tmp_path), 32, 4))
     with pytest.raises(ValueError, match=r"shards: begun with tokenizer '\w{16}', not '\w{16}'; use an empty"):
-        tokenize_source(_source(folder / "web.jsonl"), str(tmp_path), shards, workers=1, documents_per_shard=12)
+        tokenize_source(
+            _source(folder / "web.jsonl"), Encoding(str(tmp_path)), shards, workers=1, documents_per_shard=12
+        )
     with pytest.raises(ValueError, match="shards: begun with documents_per_shard 12, not 10000"):
-        tokenize_source(_source(folder / "web.jsonl"), str(folder), shards, workers=1)
+        tokenize_source(_source(folder / "web.jsonl"), Encoding(str(folder)), shards, workers=1)
 
 
 def test_a_shard_that_was_cut_short_is_refused_by_name(folder: Path, shards: Path, tmp_path: Path) -> None:
@@ -165,8 +168,8 @@ def test_a_shard_that_was_cut_short_is_refused_by_name(folder: Path, shards: Pat
 
 def test_sources_that_do_not_fit(folder: Path, shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"sources\.web\.paths: token ids already; use files of documents"):
-        tokenize_source(_source(shards / "*.arrayrecord"), str(folder), tmp_path / "a", workers=1)
+        tokenize_source(_source(shards / "*.arrayrecord"), Encoding(str(folder)), tmp_path / "a", workers=1)
     (tmp_path / "bad.jsonl").write_text('{"text": "1"}\n{"text": 2}\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl:2: text: 2; use a string$"):
-        tokenize_source(_source(tmp_path / "bad.jsonl"), str(folder), tmp_path / "b", workers=1)
+        tokenize_source(_source(tmp_path / "bad.jsonl"), Encoding(str(folder)), tmp_path / "b", workers=1)
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["manifest.json"]

@@ -274,8 +274,8 @@ def test_every_row_is_the_references() -> None:
     compare()
     assert refused[False] > 250
     assert refused[True] > 10
-    expected = {(end, finish) for end in ("natural", "budget", "off", "none", "eos") for finish in ("stop", "length")}
-    assert met.keys() >= expected | {("length", "length"), ("auto", "stop")}, met
+    expected = {(end, finish) for end in ("natural", "budget", "off", "none", "eos") for finish in ("eos", "length")}
+    assert met.keys() >= expected | {("length", "length"), ("auto", "eos")}, met
 
 
 # Counting and the boundary -------------------------------------------------------------------------------------------
@@ -726,7 +726,7 @@ def test_edge_37_38_a_tool_call_suspends_the_budget() -> None:
     for eos in ("close", "stop"):
         result = run_one([THINK, 3, TOOL, 7, EOS], thinking_budget=2, eos_while_thinking=eos)
         assert result.token_ids == [THINK, 3, TOOL, 7, EOS]
-        assert (result.injected_tokens, result.thinking_end, result.finish_reason) == (0, "eos", "stop")
+        assert (result.injected_tokens, result.thinking_end, result.finish_reason) == (0, "eos", "eos")
 
 
 def test_edge_38_a_prompt_that_ends_inside_a_tool_call_of_a_thought() -> None:
@@ -761,7 +761,7 @@ def test_edge_42_an_end_of_sequence_inside_the_thought_closes_it_or_ends_the_row
         assert (closed.thinking_end, closed.answer_tokens) == ("eos", WRITE - 2 - len(STOP))
         plain = run_one([THINK, 7, eos], eos_while_thinking="stop")
         assert plain.token_ids == [THINK, 7, eos]
-        assert (plain.thinking_end, plain.finish_reason, plain.answer_tokens) == ("eos", "stop", 0)
+        assert (plain.thinking_end, plain.finish_reason, plain.answer_tokens) == ("eos", "eos", 0)
         assert closed.thinking_tokens == plain.thinking_tokens == 1
     # At the boundary the budget is what ended it.
     cut = run_one([THINK, 7, EOS], thinking_budget=1, eos_while_thinking="stop")
@@ -772,7 +772,7 @@ def test_edge_42_an_end_of_sequence_inside_the_thought_closes_it_or_ends_the_row
 def test_edge_43_an_end_of_sequence_right_after_the_close_is_an_empty_answer() -> None:
     result = run_one([THINK, 7, END, EOS])
     assert result.token_ids == [THINK, 7, END, EOS]
-    assert (result.thinking_end, result.finish_reason, result.answer_tokens) == ("natural", "stop", 1)
+    assert (result.thinking_end, result.finish_reason, result.answer_tokens) == ("natural", "eos", 1)
 
 
 def test_edge_43_an_option_keeps_the_answer_from_being_empty() -> None:
@@ -792,7 +792,7 @@ def test_edge_44_a_budget_beyond_the_room_is_cut_early_enough(reserve: int) -> N
     """The stop text and the reserve fit to the token; one token less of room is refused, with the numbers."""
     result = run_one([THINK], thinking_budget=1000, max_new_tokens=20, answer_reserve=reserve)
     assert (len(result.token_ids), result.answer_tokens) == (20, reserve)
-    assert (result.thinking_end, result.injected_tokens) == ("budget", len(STOP))
+    assert (result.thinking_end, result.injected_tokens) == ("room", len(STOP))
     assert result.thinking_tokens == 20 - 1 - len(STOP) - reserve
     least = 1 + len(STOP) + reserve
     assert run_one([THINK], thinking_budget=9, max_new_tokens=least, answer_reserve=reserve).thinking_tokens == 0

@@ -9,6 +9,7 @@ import pytest
 
 from qwen3_jax.decode import Result
 from qwen3_jax.serve import Engine, shipped_model
+from qwen3_jax.text.chat_format import ChatFormat
 from qwen3_jax.text.prompt import Prompt
 
 CHAIN = "Start with 3 and keep the last digit: +4 *7 +5 _ _ _ _ _ _ _"
@@ -152,7 +153,7 @@ def test_edge_33_models_with_one_mode(engine: Engine) -> None:
     """Instruct-2507 never thinks and takes no budget; Thinking-2507 always does; a base model takes no conversation.
 
     Flags are text to all three."""
-    instruct = dataclasses.replace(engine, modes="instruct")
+    instruct = dataclasses.replace(engine, form=ChatFormat("instruct"))
     job = instruct.prompt({"prompt": "hi /no_think", "mode_by_query": True})
     assert (job.request.thinking, job.rule, job.request.temperature) == (True, None, 0.7)
     assert engine.tokens.think not in job.request.prompt_ids
@@ -161,7 +162,7 @@ def test_edge_33_models_with_one_mode(engine: Engine) -> None:
             ValueError, match=rf"^thinking_budget: '?{budget}'?, but this model never thinks; leave it out$"
         ):
             instruct.prompt({"prompt": "hi", "thinking_budget": budget})
-    thinking = dataclasses.replace(engine, modes="thinking")
+    thinking = dataclasses.replace(engine, form=ChatFormat("thinking"))
     job = thinking.prompt({"prompt": "hi /no_think", "thinking_budget": 2})
     assert job.request.prompt_ids[-2:] == tuple(engine.tokenizer.encode("<think>\n"))
     assert (job.request.thinking, job.request.temperature) == (True, 0.6)
@@ -172,8 +173,46 @@ def test_edge_33_models_with_one_mode(engine: Engine) -> None:
         thinking.prompt({"prompt": "hi", "thinking_budget": 0})
     with pytest.raises(ValueError, match="enable_thinking: False, but this model has no non-thinking mode"):
         thinking.prompt({"prompt": "hi", "enable_thinking": False})
-    with pytest.raises(ValueError, match="messages: a base model has no chat format"):
-        dataclasses.replace(engine, modes="base").prompt({"prompt": "hi"})
+    base = dataclasses.replace(engine, form=ChatFormat(refusal="messages: no chat format"))
+    with pytest.raises(ValueError, match="messages: no chat format"):
+        base.prompt({"prompt": "hi"})
+    text, ids = base.prompt({"text": "2 + 3"}), base.prompt({"prompt_ids": engine.tokenizer.encode("2 + 3")})
+    assert text == ids
+    assert (text.request.temperature, text.raw) == (0.0, True)
+    written = base.generate([text.request])[0]
+    assert base.reader.record(written, text)["content"] == engine.tokenizer.decode(written.token_ids, skip_special=True)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({}, "messages, prompt, text, prompt_ids: use exactly one of messages, prompt, text, prompt_ids"),
+        ({"text": "a", "prompt": "b"}, "prompt, text: use exactly one of"),
+        ({"text": ""}, "text: ''; use a string that is not empty"),
+        ({"text": 3}, "text: 3; use a string that is not empty"),
+        ({"prompt_ids": []}, "prompt_ids: empty; use at least one id"),
+        ({"prompt_ids": "12"}, "prompt_ids: '12'; use a sequence of whole numbers"),
+        ({"text": "a", "enable_thinking": False}, "enable_thinking: with text or prompt_ids"),
+        ({"text": "a", "tools": []}, "tools: with text or prompt_ids"),
+        ({"text": "a", "thinking_budget": 0}, "thinking_budget: 0 with text or prompt_ids"),
+    ],
+)
+def test_raw_prompts_are_refused_by_field(engine: Engine, record: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        engine.prompt(record)
+
+
+def test_the_default_room_follows_the_budget(engine: Engine) -> None:
+    """A budget beyond the usual room would leave one token for the answer."""
+
+    def room(**fields: Any) -> int:
+        return engine.prompt({"prompt": "hi", **fields}).request.max_new_tokens
+
+    stop = len(engine.tokens.stop_ids)
+    assert room() == room(thinking_budget=-1) == room(thinking_budget=400) == room(thinking_budget="auto") == 1024
+    assert room(thinking_budget=4096, grace=8) == 4096 + 8 + stop + 512
+    assert room(thinking_budget="auto", auto_cap=2048) == 2048 + stop + 512
+    assert room(thinking_budget=4096, max_new_tokens=99) == 99
 
 
 def test_sampling_is_by_mode_and_what_a_record_says_goes_first(engine: Engine) -> None:

@@ -105,8 +105,10 @@ def decode_row(next_logits: NextLogits, row: Row, ids: Ids, choose: Choose = gre
             room = row.max_new_tokens - row.answer_reserve - len(ids.stop_text) - len(out.tokens)
             broken = missing(thought, ids) == 0 and missing([*thought, token], ids) >= room
             probability = math.exp(logits[ids.end_think]) / sum(math.exp(logit) for logit in logits)
-            if spent(thought, budget, row.grace, ids) or (budget < UNLIMITED and (room <= 0 or broken)):
+            if spent(thought, budget, row.grace, ids):
                 phase, out.thinking_end, text = "FORCE", "budget", ids.stop_text
+            elif budget < UNLIMITED and (room <= 0 or broken):
+                phase, out.thinking_end, text = "FORCE", "room", ids.stop_text
             elif row.ready is not None and probability >= row.ready and missing(thought, ids) == 0:
                 phase, out.thinking_end = "FORCE", "auto"
                 text = ids.stop_text[ids.stop_text.index(ids.end_think) :]
@@ -131,10 +133,10 @@ def decode_row(next_logits: NextLogits, row: Row, ids: Ids, choose: Choose = gre
             phase = "ANSWER"
             out.answer += 1
             if token in ids.eos:
-                out.finish_reason = "stop"
+                out.finish_reason = "eos"
                 return out
         elif token in ids.eos:  # in no count: it ends the thought, and nothing comes after it
-            out.thinking_end, out.finish_reason = "eos", "stop"
+            out.thinking_end, out.finish_reason = "eos", "eos"
             return out
         elif in_tool:
             in_tool = token != ids.end_tool_call

@@ -16,8 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-import qwen3_jax
-from qwen3_jax.text.chat import Modes, flag_mode, modes_of, render, split_ids, validate_messages
+from qwen3_jax.text.chat import flag_mode, render, split_ids, validate_messages
 from qwen3_jax.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
 Messages = list[dict[str, Any]]
@@ -392,68 +391,6 @@ def test_edge_33_an_instruct_model_never_gets_a_think_block(small: Tokenizer, en
     call = '\n<tool_call>\n{"name": "add", "arguments": {"a": 1, "ä": "<&>"}}\n</tool_call>'
     assert _text([*history, answer], small, **options) == asked + _turn("assistant", f"\nB{call}")
     assert _text([user("Q"), assistant(None)], small, **options) == _turn("user", "Q") + _turn("assistant", "")
-
-
-def test_edge_33_a_base_model_refuses_conversations(small: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="a base model has no chat format; use a hybrid, thinking or instruct model"):
-        render([user("Hi")], small, modes="base")
-
-
-PROMPT = "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-HYBRID = PROMPT.replace(
-    "{%- endif", "{%- if enable_thinking is false %}{{- '<think>\\n\\n</think>' }}{%- endif %}{%- endif"
-)
-THINKING = "{{- content.split('</think>') }}" + PROMPT.replace("assistant\\n", "assistant\\n<think>\\n")
-INSTRUCT = "{{- message.content }}" + PROMPT
-BASE_EOS, CHAT_EOS = {"eos_token_id": 151643}, {"eos_token_id": [151645, 151643]}
-
-
-@pytest.mark.parametrize(
-    ("files", "modes"),
-    [
-        ({"tokenizer_config.json": {"chat_template": HYBRID}}, "hybrid"),
-        ({"tokenizer_config.json": {"chat_template": THINKING}}, "thinking"),
-        ({"tokenizer_config.json": {"chat_template": INSTRUCT}}, "instruct"),
-        ({"tokenizer_config.json": {}, "chat_template.jinja": THINKING}, "thinking"),
-        ({"tokenizer_config.json": {"chat_template": HYBRID}, "chat_template.jinja": INSTRUCT}, "instruct"),
-        # Qwen's template for non-thinking use of a hybrid model
-        ({"chat_template.jinja": PROMPT.replace("assistant\\n", f"assistant\\n{EMPTY}")}, "hybrid"),
-        ({"tokenizer_config.json": {"chat_template": [{"name": "default", "template": THINKING}]}}, "thinking"),
-        ({"tokenizer_config.json": {"chat_template": HYBRID}, "generation_config.json": BASE_EOS}, "base"),
-        ({"tokenizer_config.json": {"chat_template": HYBRID}, "config.json": BASE_EOS}, "base"),
-        ({"tokenizer_config.json": {"chat_template": HYBRID}, "generation_config.json": CHAT_EOS}, "hybrid"),
-        # what generation_config.json says goes before what config.json says
-        (
-            {
-                "tokenizer_config.json": {"chat_template": INSTRUCT},
-                "generation_config.json": CHAT_EOS,
-                "config.json": BASE_EOS,
-            },
-            "instruct",
-        ),
-        ({"tokenizer.json": {}}, "base"),
-        ({"tokenizer.json": {}, "tokenizer_config.json": {"chat_template": None}}, "base"),
-        ({"tokenizer.model": ""}, "hybrid"),
-    ],
-)
-def test_edge_33_modes_are_read_off_the_directory(tmp_path: Path, files: dict[str, Any], modes: Modes) -> None:
-    for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content) if name.endswith(".json") else content, encoding="utf-8")
-    assert modes_of(tmp_path) == modes
-
-
-def test_edge_33_modes_of_the_released_templates_and_of_the_model_that_ships(qwen_dir: Path, tmp_path: Path) -> None:
-    assert modes_of(qwen_dir) == "hybrid"
-    later = (qwen_dir / "tokenizer_config.later.json").read_text(encoding="utf-8")
-    (tmp_path / "tokenizer_config.json").write_text(later, encoding="utf-8")
-    assert modes_of(tmp_path) == "hybrid"
-    assert modes_of(str(Path(qwen3_jax.__file__).parent / "assets" / "qwen3-tiny")) == "hybrid"
-
-
-def test_a_broken_file_beside_the_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: not valid JSON"):
-        modes_of(tmp_path)
 
 
 # Several turns
