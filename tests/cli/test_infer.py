@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from qwen3_jax.cli.infer import main
+from qwen3_jax.convert import convert
 from qwen3_jax.serve import Engine, shipped_model
 
 FILES = ("--input", "in.jsonl", "--output", "out.jsonl")
@@ -214,13 +215,61 @@ def test_a_file_that_no_run_began_is_left_as_it_is(
 def test_a_file_without_a_line_that_can_be_answered_is_an_error(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Such as a JSON array over several lines."""
+    """Such as an object over several lines."""
     source = tmp_path / "in.jsonl"
-    source.write_text(json.dumps([{"prompt": "x"}, {"prompt": "y"}], indent=1))
+    source.write_text(json.dumps({"prompt": "x", "id": 1}, indent=1))
     code, _, err = run(capsys, "--input", str(source), "--output", str(tmp_path / "out.jsonl"))
     assert code == 2
     assert re.search(rf"error: {source}:1: not valid JSON .*; none of the \d+ lines can be answered", err)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_mended_and_a_longer_file_goes_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Lines are known by id and content: the answers that are there stay, the error of the mended line goes."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    argv = ("--input", str(source), "--output", str(target), "--max-new-tokens", "8")
+    good, bad, mended, more = (
+        {"id": 1, "prompt": "x"},
+        {"id": 2, "prompt": 3},
+        {"id": 2, "prompt": "y"},
+        {"prompt": "z"},
+    )
+    write(source, good, bad)
+    run(capsys, *argv)
+    first, error = target.read_bytes().splitlines(keepends=True)
+    if b"error" in first:
+        first, error = error, first
+    assert json.loads(error)["error"].startswith("prompt: 3")
+    write(source, good, mended, more)
+    code, out, _ = run(capsys, *argv)
+    assert (code, json.loads(out)["resumed"], json.loads(out)["done"]) == (0, 1, 2)
+    lines = target.read_bytes().splitlines(keepends=True)
+    assert lines[0] == first
+    assert sorted(json.loads(line)["id"] for line in lines) == [1, 2, 3]
+    write(source, {**good, "prompt": "other"}, mended, more)
+    code, _, err = run(capsys, *argv)
+    assert code == 2
+    assert "answers id 1 as it was on line 1, which has changed since; use another id" in " ".join(err.split())
+    assert target.read_bytes().splitlines(keepends=True) == lines
+
+
+def test_a_run_that_trained_is_decoded(capsys: pytest.CaptureFixture[str], tmp_path: Path, engine: Engine) -> None:
+    """Orbax weights, here those that `convert` writes, need no conversion back."""
+    convert(shipped_model(), tmp_path / "orbax")
+    argv = ("--prompt", "What is 2 + 3? /think", "--thinking-budget", "4", "--json")
+    capsys.readouterr()
+    theirs = run(capsys, *argv, "--model", str(tmp_path / "orbax"))[1]
+    assert json.loads(theirs)["token_ids"] == json.loads(run(capsys, *argv)[1])["token_ids"]
+
+
+def test_raw_text_is_continued(capsys: pytest.CaptureFixture[str], tmp_path: Path, engine: Engine) -> None:
+    text = "<|im_start|>user\nWhat is 2 + 3? /think<|im_end|>\n<|im_start|>assistant\n"
+    settings = ("--thinking-budget", "4", "--temperature", "0", "--max-new-tokens", "64", "--json")
+    raw = json.loads(run(capsys, "--raw", "--prompt", text, *settings)[1])
+    asked = json.loads(run(capsys, "--prompt", "What is 2 + 3? /think", *settings)[1])
+    assert raw["token_ids"] == asked["token_ids"]
+    code, _, err = run(capsys, "--raw", "--input", "x", "--output", "y")
+    assert (code, "--raw: with --input; use the field text" in err) == (2, True)
 
 
 def test_a_device_is_no_output(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

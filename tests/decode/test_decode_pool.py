@@ -100,7 +100,9 @@ def assert_same(got: dict[Hashable, Result]) -> None:
 
 
 def test_rows_are_of_every_kind() -> None:
-    assert {result.thinking_end for result in closed()} == {"natural", "budget", "auto", "off", "none", "eos", "length"}
+    assert {result.thinking_end for result in closed()} == {
+        *("natural", "budget", "room", "auto", "off", "none", "eos", "length")
+    }
     lengths = [len(result.token_ids) for result in closed()]
     assert min(lengths) < 8
     assert max(lengths) > 45

@@ -636,7 +636,7 @@ def test_an_automatic_budget_closes_when_the_model_is_ready(temperature: float) 
     assert (ready.thinking_end, ready.thinking_tokens, ready.injected_tokens) == ("auto", 3, 2)
     assert ready.forced[4:6] == [True, True]
     # Not ready: an automatic budget is finite all the same, and leaves an answer.
-    assert (not_ready.thinking_end, not_ready.answer_tokens) == ("budget", 1)
+    assert (not_ready.thinking_end, not_ready.answer_tokens) == ("room", 1)
 
 
 def test_an_automatic_budget_has_a_hard_cap() -> None:
