@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 _GIB = 2**30
@@ -52,6 +53,30 @@ CHIPS = {
     )
 }
 BY_DEVICE_KIND = {kind: chip for chip in CHIPS.values() for kind in chip.device_kinds}
+
+
+def slice_name(name: str) -> str:
+    """The topology of a slice, such as "v5p:4x4x4", from that or from an accelerator type, such as "v5p-128".
+
+    Accelerator types count cores, of which chips with a 3D network have two.
+
+    Raises:
+      ValueError: the chip is unknown, or has a network of other dimensions.
+    """
+    kind, _, shape = name.partition(":")
+    if found := re.fullmatch(r"(\w+?)(litepod)?-(\d+)", name):
+        kind, count = found[1] + "e" * bool(found[2]), int(found[3])
+        axes = find_chip(kind).torus_axes
+        chips, rest = divmod(count, 2 if axes == 3 else 1)
+        if rest or chips.bit_count() != 1:
+            raise ValueError(f"topology: {name!r}; use a power of two of cores, or the shape of the slice")
+        sizes = [2 ** ((chips.bit_length() - 1 + axis) // axes) for axis in range(axes)]
+        shape = "x".join(map(str, sizes if chips > 4 else sorted(sizes, reverse=True)))  # 2x2x1 is one host
+    chip = find_chip(kind)
+    if not re.fullmatch(r"\d+(x\d+)*", shape) or shape.count("x") + 1 != chip.torus_axes:
+        example = "4x4x4" if chip.torus_axes == 3 else "4x4"
+        raise ValueError(f"topology: {name!r}; use {chip.torus_axes} sizes, such as {chip.name}:{example}")
+    return f"{kind}:{shape}"
 
 
 def find_chip(name: str) -> Chip:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -211,7 +212,9 @@ class ModelConfig:
         if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
             raise ValueError(f"layer_types: {raw['layer_types']!r} is not supported; use all 'full_attention'")
         if raw.get("quantization_config"):
-            raise ValueError("quantization_config: the weights are quantised; use bfloat16 weights without it")
+            kind = raw["quantization_config"]
+            kind = kind.get("quant_method", "unknown") if isinstance(kind, Mapping) else kind
+            raise ValueError(f"quantization_config: the weights are quantised ({kind}); use bfloat16 weights")
 
         moe = model_type == "qwen3_moe"
         names = {field.name for field in dataclasses.fields(cls)} - {"rope_theta", "rope_scaling"}
@@ -266,7 +269,27 @@ def presets_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "configs" / "model"
 
 
+def refuse_other_than_directory(directory: str | Path | epath.Path, field: str) -> None:
+    """Refuses the name of a model on the Hugging Face Hub, and a directory that holds an adapter only, with what to do.
+
+    Raises:
+      ValueError: beginning with `field`.
+    """
+    path = epath.Path(directory)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
+        raise ValueError(
+            f"{field}: {str(directory)!r} does not exist; if it is a name on the Hugging Face Hub, fetch it first: "
+            f"hf download {directory} --local-dir {path.name}"
+        )
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise ValueError(
+            f"{field}: {str(directory)!r} holds an adapter (LoRA), not a model; merge it into its base model first "
+            "(peft: merge_and_unload, save_pretrained)"
+        )
+
+
 def _read_config_json(path: epath.Path) -> dict[str, Any]:
+    refuse_other_than_directory(path, "model")
     path = path / "config.json" if path.is_dir() else path
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ from sharding.axes import (
     split_over_replicas,
 )
 from sharding.mesh import MeshConfig, make_mesh
-from sharding.processes import end_if_another_died, end_others, from_first_process, start_processes
+from sharding.processes import end_if_another_died, end_others, from_first_process, skip_absent_tpu, start_processes
 
 __all__ = [
     "AXIS_RULES",
@@ -35,6 +35,7 @@ __all__ = [
     "named_shardings",
     "num_parts",
     "partition_spec",
+    "skip_absent_tpu",
     "spec_axes",
     "split_axes",
     "split_over_replicas",

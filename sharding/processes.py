@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib.util
 import os
 import selectors
 import socket
@@ -27,6 +28,17 @@ _GOODBYE = b"\x00"
 _watch_thread: threading.Thread | None = None
 
 
+def skip_absent_tpu() -> None:
+    """Keeps libtpu, where it is installed for planning, from looking for a TPU that is not there: it prints a page."""
+    plugins = importlib.util.find_spec("jax_plugins")  # other accelerators
+    if not _has_tpu() and plugins is None and "JAX_PLATFORMS" not in os.environ:
+        jax.config.update("jax_platforms", "cpu")
+
+
+def _has_tpu() -> bool:
+    return any(path.read_text().strip() == _GOOGLE for path in Path("/sys/bus/pci/devices").glob("*/vendor"))
+
+
 def start_processes() -> None:
     """Initialises `jax.distributed`; call it before the first use of a device.
 
@@ -40,13 +52,14 @@ def start_processes() -> None:
       ValueError: naming the variable that is missing or not a number.
     """
     global _watch_thread
+    skip_absent_tpu()
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize(
             num_processes=_number("JAX_NUM_PROCESSES"),
             process_id=_number("JAX_PROCESS_ID"),
             shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
         )
-    elif any(path.read_text().strip() == _GOOGLE for path in Path("/sys/bus/pci/devices").glob("*/vendor")):
+    elif _has_tpu():
         jax.distributed.initialize(shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT)
     else:
         return

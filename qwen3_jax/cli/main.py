@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from qwen3_jax.cli import convert, data, demo, pass_at_k, plan, suggest, tiny, tokenize
 from qwen3_jax.cli.arguments import Parser, version
 from qwen3_jax.cli.errors import exits_cleanly
+from sharding import skip_absent_tpu
 
 _COMMANDS = {
     "demo": (demo, "a worked example, and accuracy against the thinking budget, on the shipped model"),
@@ -32,4 +33,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.overrides = overrides
     if not getattr(args, "takes_overrides", False):
         commands.choices[args.command].refuse(overrides)
+    skip_absent_tpu()
     _COMMANDS[args.command][0].run(args)

@@ -16,6 +16,7 @@ from qwen3_jax.aot.programs import DecodeConfig, topology_shape, use_compiler
 from qwen3_jax.aot.report import Report, page
 from qwen3_jax.aot.sweep import Job, run_jobs
 from qwen3_jax.aot.sweep_plot import plot_sweep
+from qwen3_jax.chips import slice_name
 from qwen3_jax.cli.config_file import decode_config, load_config, load_model, load_stages
 from qwen3_jax.cli.progress import planning_progress
 from qwen3_jax.train import TrainConfig
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", type=Path, help="a YAML file of train.py: its train step")
     what.add_argument("--infer", action="store_true", help="prefill and decode step of infer.py")
-    parser.add_argument("--topology", help="a slice, as v5p:4x4x4 or v5e:4x4; default: the mesh's own")
+    parser.add_argument("--topology", help="a slice, as v5p:4x4x4, v5e:4x4 or v5p-128; default: the mesh's own")
     parser.add_argument("--stage", help="with --config: of a plan of stages; default: the first")
     parser.add_argument("--model", help="with --infer: a size of configs/model by its name, or a YAML file like those")
     parser.add_argument(
@@ -111,6 +112,9 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
         words = [*args.overrides, *itertools.chain(*((f"--{key}", value) for key, value in combination))]
         label = " ".join(f"{key}={value}" for key, value in combination)
         config = _decode_config(args, words) if args.infer else _train_config(args, words)
+        if config.mesh.topology is not None:
+            mesh = dataclasses.replace(config.mesh, topology=slice_name(config.mesh.topology))
+            config = dataclasses.replace(config, mesh=mesh)
         programs = ("prefill", "decode_step") if args.infer else ("train_step",)
         jobs += [Job(program, config, label) for program in programs]
     return jobs
@@ -133,7 +137,7 @@ def _decode_config(args: argparse.Namespace, words: list[str]) -> DecodeConfig:
     if args.mesh:
         mesh = load_config(MeshConfig, args.mesh)
     else:  # key-value heads are the most that tensor splits without copies
-        chips = math.prod(topology_shape(args.topology or ""))
+        chips = math.prod(topology_shape(slice_name(args.topology)) if args.topology else [])
         mesh = MeshConfig(tensor=math.gcd(model.num_key_value_heads, chips))
     raw = {"model": dataclasses.asdict(model), "mesh": dataclasses.asdict(mesh)}
     raw |= {name: getattr(args, name) for name in ("batch", "context") if getattr(args, name) is not None}

@@ -78,9 +78,16 @@ def _find_tensors(directory: Path) -> dict[str, Tensor]:
             files = sorted(set(placed.values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: not an index of safetensors files ({error!r})") from None
+    elif parts := _whole_set(directory):
+        files, placed = parts, None
     else:
+        others = [
+            path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors")
+        ]
+        there = f"holds {', '.join(sorted(others)[:3])}" if others else "holds no weights"
         raise ValueError(
-            f"model: {str(directory)!r} holds no *.safetensors; use {SINGLE_FILE}, or {INDEX_FILE} with its files"
+            f"model: {str(directory)!r} {there}; use {SINGLE_FILE}, or {INDEX_FILE} with its files, as "
+            "save_pretrained of transformers writes them"
         )
     problems: list[str] = []
     tensors: dict[str, Tensor] = {}
@@ -105,6 +112,14 @@ def _find_tensors(directory: Path) -> dict[str, Tensor]:
     ]
     _refuse(directory, problems)
     return unfuse_experts({name: tensor for name, tensor in tensors.items() if not _is_ignored(name)})
+
+
+def _whole_set(directory: Path) -> list[str]:
+    """The files `model-00001-of-0000N.safetensors` of a checkpoint without an index, if all N are there."""
+    files = sorted(path.name for path in directory.glob("model-*-of-*.safetensors"))
+    return (
+        files if files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)] else []
+    )
 
 
 def _is_ignored(name: str) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -121,13 +121,29 @@ def _leaf(
 
 def mismatches(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
     """What is wrong with arrays of the shapes `found`, where those of the shapes `wanted` are expected, by name."""
-    problems = [f"{name} is missing" for name in wanted if name not in found]
-    problems += [f"{name} is unknown" for name in found if name not in wanted]
+    missing = [name for name in wanted if name not in found]
+    unknown = [name for name in found if name not in wanted]
+    problems = [hint] if (hint := _renamed(missing, unknown)) else []
+    # In turns, so that the first few show both.
+    pairs = itertools.zip_longest(
+        (f"{name} is missing" for name in missing), (f"{name} is unknown" for name in unknown)
+    )
+    problems += [problem for pair in pairs for problem in pair if problem]
     return problems + [
         f"{name} has shape {list(found[name])}, not {list(shape)}"
         for name, shape in wanted.items()
         if found.get(name, shape) != shape
     ]
+
+
+def _renamed(missing: Sequence[str], unknown: Sequence[str]) -> str:
+    """What to do where one prefix, too many or too few, makes the difference; empty where none does."""
+    for short, long, advice in ((missing, unknown, "remove"), (unknown, missing, "add")):
+        prefixes = {name.removesuffix(short[0]) for name in long if short and name.endswith(f"{short[0]}")}
+        for prefix in sorted(prefixes - {""}, key=len):
+            if {prefix + name for name in short} <= set(long):
+                return f"the names of {len(short)} tensors fit once you {advice} the prefix {prefix!r}"
+    return ""
 
 
 def unfuse_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

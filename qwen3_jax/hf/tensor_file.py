@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_LFS = b"version https://git-lfs"
 # Accepted element types by their name in the format.
 DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
@@ -62,6 +63,9 @@ def open_tensors(file: Path) -> dict[str, Tensor]:
     try:
         handle = safe_open(file, framework="np")
     except SafetensorError as error:
+        with file.open("rb") as opened:
+            if opened.read(len(_LFS)) == _LFS:
+                raise ValueError(f"{file.name} is a git-lfs pointer; fetch the file with git lfs pull") from None
         raise ValueError(f"{file.name} is not a valid safetensors file ({error})") from None
     sources = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (the handle is no mapping)
     return {name: Tensor(source, source.get_dtype(), tuple(source.get_shape())) for name, source in sources.items()}

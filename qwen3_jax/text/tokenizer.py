@@ -18,6 +18,8 @@ from typing import Protocol
 import sentencepiece
 import tokenizers
 
+from qwen3_jax.config import refuse_other_than_directory
+
 # In the order of Qwen3's ids. The first three are special (`skip_special` drops them); think and tool tags are not.
 SPECIAL_MARKERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_MARKERS = (
@@ -235,6 +237,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def _file_of(directory: Path) -> Path:
+    refuse_other_than_directory(directory, "tokenizer")
     for name in ("tokenizer.json", "tokenizer.model"):
         if (directory / name).is_file():
             return directory / name

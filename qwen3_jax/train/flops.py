@@ -34,9 +34,11 @@ def peak_flops(devices: Sequence[jax.Device], dtype: str) -> tuple[float, str]:
         return BY_DEVICE_KIND[kind].peak_flops * len(devices), f"data sheet of {kind}"
     # For others, above all CPUs, whose virtual devices share one set of cores: a matmul on each of this process's
     # devices at once, the best of four.
-    n, own = 512, jax.local_devices()
-    sharding = NamedSharding(Mesh(np.array(own), ("device",)), PartitionSpec("device"))
-    x = jax.jit(lambda: jnp.ones((len(own), n, n), dtype), out_shardings=sharding)()
-    multiply = jax.jit(jnp.matmul, out_shardings=sharding).lower(x, x).compile()
+    n, own = 512 if devices[0].platform == "cpu" else 8192, jax.local_devices()
+    mesh = Mesh(np.array(own), ("device",))
+    sharding = NamedSharding(mesh, PartitionSpec("device"))
+    with jax.set_mesh(mesh):
+        x = jax.jit(lambda: jnp.ones((len(own), n, n), dtype), out_shardings=sharding)()
+        multiply = jax.jit(jnp.matmul, out_shardings=sharding).lower(x, x).compile()
     best = min(timeit.repeat(lambda: multiply(x, x).block_until_ready(), number=1, repeat=4))
     return 2 * n**3 * len(devices) / best, f"{dtype} matmuls of {n} on {len(own)} x {kind}, measured"

@@ -316,6 +316,45 @@ def test_a_position_in_another_order_is_refused(folder: Path, fields: dict[str, 
         make_loader(_config(folder, *names, **fields)).set_state(state)
 
 
+@pytest.mark.parametrize("name", ["mixed.jsonl", "numbers.txt"])
+def test_files_that_were_replaced_are_refused_or_accepted(folder: Path, tmp_path: Path, name: str) -> None:
+    """Also where their number of documents is the same. A position from before there was a digest is taken."""
+    for file in (name, "tokenizer.model"):
+        (tmp_path / file).write_bytes((folder / file).read_bytes())
+    config = _config(tmp_path, name, batch_size=3)
+    loader = make_loader(config)
+    _batches(loader, 5)
+    state = json.loads(json.dumps(loader.get_state()))
+    other = [json.dumps({"text": "9" * (5 * i + 1)}) for i in range(60)]
+    (tmp_path / name).write_text("\n".join(other) if name.endswith("jsonl") else "\n\n".join(["7"] * NUM_NUMBERS))
+    count = NUM_NUMBERS if name.endswith("txt") else 60
+    with pytest.raises(
+        ValueError,
+        match=rf"^data.sources.{name}: its files \({count} documents, digest \w+\) are not those of the checkpoint "
+        rf"\({count} documents, digest \w+\); use those, or --data.accept_changed true",
+    ):
+        make_loader(config).set_state(state)
+    accepting = make_loader(dataclasses.replace(config, accept_changed=True))
+    accepting.set_state(state)
+    assert all(batch["tokens"].shape == (3, 24) for batch in _batches(accepting, 40))
+    for lane in state.values():
+        del lane["order"]["sources"][name]["content"]
+    make_loader(config).set_state(state)
+
+
+def test_shards_are_the_files_they_were_made_from(folder: Path, tmp_path: Path) -> None:
+    """A run may go on with them, and the other way round."""
+    source = SourceConfig("few", (str(folder / "few.jsonl"),))
+    tokenize_source(source, Encoding(str(folder)), tmp_path, workers=1)
+    shards = dataclasses.replace(source, paths=(f"{tmp_path}/*.arrayrecord",))
+    one, other = (
+        make_loader(dataclasses.replace(_config(folder, "few.jsonl"), sources=(each,))) for each in (source, shards)
+    )
+    _batches(one, 2)
+    other.set_state(one.get_state())
+    _assert_same(_batches(other, 3), _batches(one, 3))
+
+
 def test_a_position_without_a_lane_is_refused(folder: Path) -> None:
     config = _config(folder, "mixed.jsonl")
     with pytest.raises(

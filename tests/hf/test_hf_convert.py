@@ -65,7 +65,7 @@ def test_the_newest_step_of_a_training_run(tmp_path: Path, capsys: pytest.Captur
     (run_dir / "config.json").write_text(json.dumps(MOE.to_hf()))
     (run_dir / "tokenizer.json").write_text("{}")
     run(str(run_dir), str(tmp_path / "back"))
-    assert f"{run_dir}: step 10\n" in capsys.readouterr().out
+    assert f"{run_dir}: weights of step 10\n" in capsys.readouterr().out
     assert (tmp_path / "back" / "tokenizer.json").is_file()
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes(), name
@@ -73,7 +73,7 @@ def test_the_newest_step_of_a_training_run(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_training_run_without_a_step(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ValueError, match="is empty; use a run that has saved a checkpoint"):
+    with pytest.raises(ValueError, match="holds no checkpoint; use a run that has saved one"):
         run(str(tmp_path / "run"), str(tmp_path / "target"))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ from tiny import DENSE, MOE
 
 from qwen3_jax import hf
 from qwen3_jax.config import ModelConfig
+from qwen3_jax.text.tokenizer import load_tokenizer
 
 TIED = dataclasses.replace(DENSE, tie_word_embeddings=True)
 EMBED = "model.embed_tokens.weight"
@@ -50,6 +52,50 @@ def refused(directory: Path) -> str:
     with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
         hf.load_checkpoint(directory, track=untouched)
     return str(error.value)
+
+
+def test_files_of_a_whole_set_need_no_index(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path)
+    expected = hf.load_checkpoint(path)[1]
+    tensors = load_file(path / "model.safetensors")
+    names = sorted(tensors)
+    (path / "model.safetensors").unlink()
+    for i, part in enumerate((names[:3], names[3:]), 1):
+        save_file({name: tensors[name] for name in part}, path / f"model-{i:05d}-of-00002.safetensors")
+    chex.assert_trees_all_equal(hf.load_checkpoint(path)[1], expected)
+    (path / "model-00001-of-00002.safetensors").unlink()
+    assert "holds model-00002-of-00002.safetensors; use model.safetensors, or" in refused(path)
+
+
+def test_what_is_no_checkpoint_says_what_it_is(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path)
+    (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "model.safetensors is a git-lfs pointer; fetch the file with git lfs pull" in refused(path)
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    assert "holds pytorch_model.bin; use model.safetensors" in refused(path)
+    (path / "config.json").rename(path / "adapter_config.json")
+    assert "holds an adapter (LoRA), not a model; merge it into its base model first" in refused(path)
+    for load in (hf.load_checkpoint, load_tokenizer):
+        with pytest.raises(ValueError, match=r"'Qwen/Qwen3-0\.6B' does not exist; if .* Hub.* --local-dir Qwen3-0\.6B"):
+            load("Qwen/Qwen3-0.6B")
+
+
+@pytest.mark.parametrize(
+    ("rename", "advice"),
+    [
+        (lambda name: f"_orig_mod.{name}", "remove the prefix '_orig_mod.'"),
+        (lambda name: name.removeprefix("model."), "add the prefix 'model.'"),
+        (lambda name: name.replace("model.", "model.language_model."), "language_model"),
+    ],
+)
+def test_a_prefix_too_many_or_too_few_is_named(tmp_path: Path, rename: Callable[[str], str], advice: str) -> None:
+    path = checkpoint(tmp_path, TIED)
+    tensors = load_file(path / "model.safetensors")
+    save_file({rename(name): tensor for name, tensor in tensors.items()}, path / "model.safetensors")
+    said = refused(path)
+    assert advice in said
+    assert " is missing" in said
+    assert " is unknown" in said
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -133,7 +179,7 @@ def test_no_files(tmp_path: Path) -> None:
     assert "does not exist" in refused(tmp_path / "nowhere")
     directory = checkpoint(tmp_path)
     (directory / "model.safetensors").unlink()
-    assert refused(directory).startswith(f"model: {str(directory)!r} holds no *.safetensors; ")
+    assert refused(directory).startswith(f"model: {str(directory)!r} holds no weights; ")
     (directory / "config.json").unlink()
     assert "config.json" in refused(directory)
 

@@ -248,7 +248,7 @@ def test_a_name_for_other_files_than_in_a_stage_before_is_not_tokenised(tmp_path
     first, s2, rest = text.partition("  s2:")
     (tmp_path / "plan.yaml").write_text(first + s2 + rest.replace("train.jsonl", "other.jsonl", 1))
     args = argparse.Namespace(config=tmp_path / "plan.yaml", out=tmp_path / "ids", workers=1, documents_per_shard=9)
-    with pytest.raises(ValueError, match=r"^stages\.s2\.data\.sources\.all: other paths, turns or another tokenizer"):
+    with pytest.raises(ValueError, match=r"^stages\.s2\.data\.sources\.all: other paths, turns, chat_template or"):
         tokenize.run(args)
 
 
@@ -256,6 +256,6 @@ def test_a_plan_that_is_done_changes_nothing(plan: tuple[Path, str]) -> None:
     directory, _ = plan
     before = metrics_of(directory / "runs" / "whole" / "s3")
     out = " ".join(finish(start_plan(directory, "whole")).split())
-    assert "trained to step 5" in out
+    assert "finished: step 5 of 5" in out
     assert "stage s2" not in out
     assert metrics_of(directory / "runs" / "whole" / "s3") == before
