@@ -45,8 +45,7 @@ def decode_config(cls: type[T], raw: dict[str, Any], overrides: Sequence[str], w
             raise ValueError(f"--{key}: no such key{did_you_mean(plain, known, '--')}")
     try:
         tree = _with_start(cls, _merged(_with_model(raw), changes))
-        _refuse_unknown(cls, tree)
-        return draccus.decode(cls, tree)
+        return draccus.decode(cls, _checked(cls, tree))
     except (draccus.utils.DraccusException, yaml.YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: {_one_line(error)}") from None
 
@@ -154,28 +153,36 @@ def _with_start(cls: typing.Any, tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, **found}
 
 
-def _refuse_unknown(cls: typing.Any, tree: Any, prefix: str = "") -> None:
-    """Refuses a key that no field has, with the one that was probably meant."""
+def _checked(cls: typing.Any, tree: Any, prefix: str = "") -> Any:
+    """`tree` with a list of one for each text where a list is meant.
+
+    Raises:
+      ValueError: a key that no field has, with the one that was probably meant.
+    """
     if not isinstance(tree, dict):
-        return
-    parts = {name: part for name, (_, part) in _own_fields(cls).items()}
+        return tree
+    fields, checked = _own_fields(cls), {}
     for key, value in tree.items():
-        if key not in parts:
-            near = did_you_mean(str(key), list(parts), prefix)
-            raise ValueError(f"{prefix}{key}: no such key{near or '; use one of ' + ', '.join(parts)}")
-        if (part := parts[key]) is not None:
-            for item in value if isinstance(value, list | tuple) else [value]:
-                _refuse_unknown(part, item, f"{prefix}{key}.")
+        if key not in fields:
+            near = did_you_mean(str(key), list(fields), prefix)
+            raise ValueError(f"{prefix}{key}: no such key{near or '; use one of ' + ', '.join(fields)}")
+        hint, part = fields[key][1:]
+        if isinstance(value, str) and typing.get_origin(hint) is tuple:
+            value = [value]
+        if part is not None:
+            one_by_one = isinstance(value, list | tuple)
+            value = [_checked(part, item, f"{prefix}{key}.") for item in (value if one_by_one else [value])]
+            value = value if one_by_one else value[0]
+        checked[key] = value
+    return checked
 
 
-def _own_fields(cls: typing.Any) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
-    """By name each field of a dataclass, and the dataclass that it holds, alone, in a tuple or optionally."""
+def _own_fields(cls: typing.Any) -> dict[str, tuple[dataclasses.Field[Any], Any, Any]]:
+    """By name each field of a dataclass, its type, and the dataclass that it holds, alone, in a tuple or optionally."""
     hints = typing.get_type_hints(cls)
+    parts = {name: (hint, *typing.get_args(hint)) for name, hint in hints.items()}
     return {
-        field.name: (
-            field,
-            next(filter(dataclasses.is_dataclass, (hints[field.name], *typing.get_args(hints[field.name]))), None),
-        )
+        field.name: (field, hints[field.name], next(filter(dataclasses.is_dataclass, parts[field.name]), None))
         for field in dataclasses.fields(cls)
     }
 
@@ -183,7 +190,7 @@ def _own_fields(cls: typing.Any) -> dict[str, tuple[dataclasses.Field[Any], Any]
 def _fields(cls: typing.Any, prefix: str = "") -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
     """By dotted key every field of a nested dataclass, with the class that it is of."""
     found: dict[str, tuple[Any, dataclasses.Field[Any]]] = {}
-    for name, (field, part) in _own_fields(cls).items():
+    for name, (field, _, part) in _own_fields(cls).items():
         found[prefix + name] = cls, field
         if part is not None:
             found |= _fields(part, f"{prefix}{name}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -116,9 +117,11 @@ def _lint(args: argparse.Namespace) -> None:
                     print(f"and {len(found.bad) - _SHOWN:,} more")
                 bad += len(found.bad)
                 documents, tokens, loss_tokens = found.counts
+                step = data.batch_size * data.sequence_length
                 notes = "".join(f", {count:,} {note}" for note, count in found.notes.items())
                 print(
-                    f"{source.name}: {documents:,} documents, {tokens:,} tokens, {loss_tokens:,} in the loss; "
+                    f"{source.name}: {documents:,} documents, {tokens:,} tokens, {loss_tokens:,} in the loss, "
+                    f"about {math.ceil(tokens / step):,} steps of {data.batch_size} x {data.sequence_length} tokens; "
                     f"{len(found.bad):,} bad{notes}"
                 )
     if bad:

@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains as a YAML file says, in one run or in the stages of a plan; resumes where an earlier run of the same
     output_dir stopped. `--section.key value` changes a key of the file, `--stage.section.key value` one of a stage."""
     parser = Parser(
+        prog="train.py",
         usage="train.py CONFIG [--section.key value ...]",
         description=main.__doc__,
         epilog=describe_keys(TrainConfig),

@@ -113,7 +113,8 @@ def describe_run(files: Path, config: TrainConfig, feed: Feed) -> None:
         feed.describe(files)
         raw = config.model.to_hf()
         if (ends := files / GENERATION_CONFIG).exists():
-            raw |= {key: value for key, value in json.loads(ends.read_text()).items() if key in raw}
+            generation = json.loads(ends.read_text(encoding="utf-8"))
+            raw |= {key: generation[key] for key in ("bos_token_id", "eos_token_id") if key in generation}
         (files / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         plain = json.loads(json.dumps(dataclasses.asdict(config)))
         (files / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
