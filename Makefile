@@ -17,9 +17,10 @@ test: $(VENV)/.parity
 test-quick: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m quick
 
-# Tests marked slow: recipes compiled for their slices. By hand, before a release.
+# Tests marked slow: recipes compiled for their slices; and 10,000 inputs to all that reads from outside. By hand.
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
+	QWEN3_JAX_EXAMPLES=850 $(BIN)/python -m pytest tests/cli/test_outside_data.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -49,6 +50,7 @@ clean:
 	rm -rf $(VENV) runs
 
 $(VENV)/bin/pip:
+	@$(PYTHON) -c '' || { echo "error: PYTHON: $(PYTHON) did not run; use the name or path of a Python that does"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: PYTHON: $(PYTHON) is too old; use 3.11 or newer"; exit 2; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) cannot make virtual environments; install its venv package (Debian: python3-venv)"; exit 2; }
 

@@ -19,12 +19,14 @@ from qwen3_jax.config import ModelConfig
 from qwen3_jax.text.tokenizer import TOKENIZER_FILES
 
 
-def convert(source: epath.Path | Path, target: Path) -> None:
-    """Converts a checkpoint bit for bit, and copies the files of the tokenizer. The kind of `source` is detected.
+def convert(source: epath.Path | Path, target: Path, dtype: str | None = None) -> None:
+    """Converts a checkpoint and copies the files of the tokenizer. The kind of `source` is detected.
 
     An Orbax checkpoint here is a directory with `config.json` and `params`, the stacked weights as a
     StandardCheckpointer tree. A training run's output directory can be a source too: its newest verified checkpoint is
     used. The host's memory holds one copy of the weights. `target` appears under its name when everything is written.
+
+    dtype: of the weights; None converts bit for bit.
 
     Raises:
       ValueError: `source` is neither kind of checkpoint or is damaged, or `target` exists and is not empty.
@@ -38,10 +40,11 @@ def convert(source: epath.Path | Path, target: Path) -> None:
     with hf.new_directory(target) as building, jax.default_device(jax.local_devices(backend="cpu")[0]):
         if (orbax := find_params(source, announce)) is not None:
             config, params = ModelConfig.from_hf(source), _load_orbax(orbax)
-            hf.save_checkpoint(building, config, params, track=partial(track, description="writing", console=console))
+            writing = partial(track, description="writing", console=console)
+            hf.save_checkpoint(building, config, params, dtype, track=writing)
         else:
             config, params = hf.load_checkpoint(
-                source, dtype=None, stacked=True, track=partial(track, description="reading", console=console)
+                source, dtype=dtype, stacked=True, track=partial(track, description="reading", console=console)
             )
             _save_orbax(building, config, params)
         for name in TOKENIZER_FILES:

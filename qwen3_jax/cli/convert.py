@@ -17,8 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "output_dir",
     )
     parser.add_argument("target", type=on_disk, help="directory to create")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the source")
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs `qwen3-jax convert`."""
-    convert(args.source, args.target)
+    convert(args.source, args.target, args.dtype)

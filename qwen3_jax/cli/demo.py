@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwen3_jax.cli.progress import decoding_progress
-from qwen3_jax.evaluate.budget_curve import Point, budget_curve, plot_budget_curve, plot_cost
+from qwen3_jax.evaluate.budget_curve import Point, budget_curve, plot_budget_curve
 from qwen3_jax.serve import Engine, shipped_model
 from qwen3_jax.tasks.arithmetic import held_out_chains
 
@@ -60,17 +60,14 @@ def run(args: argparse.Namespace) -> None:
     with decoding_progress(console) as report:
         points = budget_curve(engine, problems, settings, progress=report)
     fixed, automatic = points[: len(BUDGETS)], points[len(BUDGETS) :]
-    title = f"qwen3-tiny, {NUM_PROBLEMS} held-out problems"
     console.print(_table("budget B", fixed))
-    plot_budget_curve(fixed, args.plot, title)
-    console.print(f"plot: {args.plot}")
     console.rule(
         "(d) the same problems on automatic budgets: the thought ends at this probability of </think>", align="left"
     )
     console.print(_table("threshold", automatic))
-    cost = args.plot.with_name(args.plot.stem + "-auto" + args.plot.suffix)
-    plot_cost(fixed, automatic, cost, title)
-    console.print(f"plot: {cost}")
+    title = f"More thinking, more right: {NUM_PROBLEMS} held-out problems, {args.model.name}"
+    plot_budget_curve(fixed, automatic, args.plot, title)
+    console.print(f"plot: {args.plot}")
 
 
 def _table(title: str, points: Sequence[Point]) -> Table:

@@ -31,7 +31,7 @@ def exits_cleanly(main: Callable[P, T]) -> Callable[P, T]:
             end_others("broken pipe")
             sys.exit(128 + signal.SIGPIPE)
         except (ValueError, FloatingPointError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
             end_others(str(error))
             sys.exit(2)
         except KeyboardInterrupt:

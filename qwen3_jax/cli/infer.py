@@ -119,7 +119,10 @@ def _parser() -> argparse.ArgumentParser:
 
     thinking = parser.add_argument_group("thinking")
     thinking.add_argument(
-        "--no-thinking", dest="enable_thinking", action="store_false", help="put the empty thought into the prompt"
+        "--enable-thinking", type=_number, help="false puts the empty thought into the prompt (default: true)"
+    )
+    thinking.add_argument(
+        "--no-thinking", dest="enable_thinking", action="store_false", help="short for --enable-thinking false"
     )
     thinking.add_argument(
         "--mode-by-query", action="store_true", help="turn thinking off for questions that look something up"

@@ -80,10 +80,14 @@ def run(args: argparse.Namespace) -> None:
                 print(page(outcome, args.price) + "\n", flush=True)
     # The fastest first, those that do not fit last.
     reports.sort(key=lambda found: (not found[1].fits, -(found[1].tokens_per_second or 0) / found[1].chips))
-    if args.sweep and not args.json:
-        print(_table(reports, args.price))
-    if args.plot:
-        plot_sweep(args.plot, [(f"{job.label} {job.program}", report) for job, report in reports])
+    programs = list(dict.fromkeys(job.program for job, _ in reports))
+    for program in programs if args.sweep else ():
+        found = [(job.label, report) for job, report in reports if job.program == program]
+        if not args.json:
+            print(_table(program, found, args.price))
+        if args.plot:
+            apart = args.plot.with_name(f"{args.plot.stem}-{program}{args.plot.suffix}")
+            plot_sweep(apart if len(programs) > 1 else args.plot, program, found)
     if not args.sweep and not all(report.fits for _, report in reports):
         sys.exit(1)
 
@@ -146,12 +150,14 @@ def _decode_config(args: argparse.Namespace, words: list[str]) -> DecodeConfig:
     return decode_config(DecodeConfig, raw, words, "--infer")
 
 
-def _table(reports: list[tuple[Job, Report]], price: float | None) -> str:
-    width = max((len(job.label) for job, _ in reports), default=0)
-    lines = [f"{'':{width}}  program       step      tokens/s/chip    MFU  HBM GiB"]
-    if price is not None:
-        lines[0] += "    $ per 10^9 tokens"
-    for job, report in reports:
+def _table(program: str, reports: list[tuple[str, Report]], price: float | None) -> str:
+    width = max(len(label) for label, _ in reports)
+    title = (
+        f"{program} on {' and '.join(sorted({report.topology for _, report in reports}))}; * is the fastest that fits"
+    )
+    header = f"  {'':{width}}     step     tokens/s/chip    MFU  HBM GiB"
+    lines = [title, header if price is None else f"{header}    $ per 10^9 tokens"]
+    for number, (label, report) in enumerate(reports):
         speed, cost = f"{'':33}", ""
         if report.step_s is not None:
             rate = (report.tokens_per_second or 0) / report.chips
@@ -159,5 +165,5 @@ def _table(reports: list[tuple[Job, Report]], price: float | None) -> str:
         if report.step_s is not None and price is not None:
             cost = f"{report.dollars_per_billion_tokens(price):21,.2f}"
         hbm = f"{report.hbm_bytes / 2**30:7.1f}" + ("" if report.fits else f" of {report.capacity / 2**30:.0f}")
-        lines.append(f"{job.label:{width}}  {job.program:11}{speed}  {hbm}{cost}")
-    return "\n".join(lines)
+        lines.append(f"{'*' if number == 0 and report.fits else ' '} {label:{width}} {speed}  {hbm}{cost}")
+    return "\n".join(lines) + "\n"

@@ -71,34 +71,23 @@ def budget_curve(
     return points
 
 
-def plot_budget_curve(points: Sequence[Point], path: Path, title: str) -> None:
-    """Accuracy and mean thinking tokens over the budget, as a PNG."""
-    budgets = [point.settings["thinking_budget"] for point in points]
-    with png(path) as axes:
-        axes.plot(budgets, [point.accuracy for point in points], "o-", color="tab:blue", label="accuracy")
-        for budget, point in zip(budgets, points, strict=True):
-            at, offset = (budget, point.accuracy), (0, -15)
-            axes.annotate(f"{point.accuracy:.2f}", at, offset, textcoords="offset points", ha="center")
-        axes.set(xlabel="thinking budget B (tokens)", ylabel="accuracy", title=title, ylim=(0, 1.08), xticks=budgets)
-        tokens, counts = axes.twinx(), [point.thinking_tokens for point in points]
-        tokens.plot(budgets, counts, "s--", color="tab:gray", label="thinking tokens")
-        tokens.set(ylabel="mean thinking tokens", ylim=(0, None))
-        lines = [*axes.get_lines(), *tokens.get_lines()]
-        axes.legend(lines, [str(line.get_label()) for line in lines], loc="lower right")
-
-
-def plot_cost(fixed: Sequence[Point], automatic: Sequence[Point], path: Path, title: str) -> None:
-    """Accuracy over mean thinking tokens, for fixed and for automatic budgets, as a PNG."""
+def plot_budget_curve(fixed: Sequence[Point], automatic: Sequence[Point], path: Path, title: str) -> None:
+    """Accuracy against the mean thinking tokens used, for fixed and for automatic budgets, as a PNG."""
     with png(path) as axes:
         kinds = (
-            (fixed, "o-", "fixed budget B", (0, 8), "right"),
-            (automatic, "s--", "auto, threshold", (6, -12), "left"),
+            (fixed, "o-", "fixed, labelled by the budget B", (-4, 7), "right"),
+            (automatic, "s--", "automatic, labelled by the threshold", (4, -14), "left"),
         )
         for points, style, label, offset, side in kinds:
-            costs = [point.thinking_tokens for point in points]
-            (line,) = axes.plot(costs, [point.accuracy for point in points], style, label=label)
-            for point in points:
-                at, color = (point.thinking_tokens, point.accuracy), line.get_color()
-                axes.annotate(point.label, at, offset, textcoords="offset points", ha=side, color=color)
-        axes.set(xlabel="mean thinking tokens", ylabel="accuracy", title=title, ylim=(0, 1.08))
+            at = [(point.thinking_tokens, point.accuracy) for point in points]
+            (line,) = axes.plot(*zip(*at, strict=True), style, label=label)
+            told: list[tuple[float, float]] = []
+            for place, point in zip(at, points, strict=True):
+                # Of points that lie on one another the first is labelled.
+                if all(abs(place[0] - x) > 0.3 or abs(place[1] - y) > 0.03 for x, y in told):
+                    color = line.get_color()
+                    axes.annotate(point.label, place, offset, textcoords="offset points", ha=side, color=color)
+                    told.append(place)
+        axes.set(xlabel="thinking tokens used, mean", ylabel="accuracy", title=title, ylim=(-0.05, 1.1))
+        axes.margins(x=0.08)
         axes.legend(loc="lower right")

@@ -75,7 +75,7 @@ def _find_tensors(directory: Path) -> dict[str, Tensor]:
     elif index.is_file():
         try:
             placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(placed.values()))
+            files = sorted({"".join(file) for file in placed.values()})  # a TypeError for what is no text
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: not an index of safetensors files ({error!r})") from None
     elif parts := _whole_set(directory):

@@ -20,6 +20,10 @@ def parse_json(content: bytes) -> Any:
     try:
         value = json.loads(content.decode("utf-8-sig"), parse_constant=refuse)
         json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        # Of one line of a file the position in it: its number in the file is named by whoever read it.
+        line = f"line {error.lineno}, " if b"\n" in content.rstrip() else ""
+        raise ValueError(f"not valid JSON ({error.msg}: {line}column {error.colno})") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error})") from None
     return value
