@@ -61,9 +61,7 @@ def run(args: argparse.Namespace) -> None:
         points = budget_curve(engine, problems, settings, progress=report)
     fixed, automatic = points[: len(BUDGETS)], points[len(BUDGETS) :]
     console.print(_table("budget B", fixed))
-    console.rule(
-        "(d) the same problems on automatic budgets: the thought ends at this probability of </think>", align="left"
-    )
+    console.rule("(d) automatic budgets: the thought ends at this probability of </think>", align="left")
     console.print(_table("threshold", automatic))
     title = f"More thinking, more right: {NUM_PROBLEMS} held-out problems, {args.model.name}"
     plot_budget_curve(fixed, automatic, args.plot, title)

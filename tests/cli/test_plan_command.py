@@ -101,7 +101,9 @@ def test_a_sweep_compiles_each_combination_once(plan: Plan, tmp_path: Path) -> N
     words = [*DENSE, "--sweep", "mesh", "{fsdp: 8}", "{data: 2, fsdp: 4}", "--sweep", "compute.remat", "true", "false"]
     done = plan(*words, "--price", "4.2", "--plot", str(tmp_path / "sweep.png"))
     assert done.returncode == 0, done.stderr
-    rows = done.stdout.splitlines()[1:]
+    title, _, *rows = done.stdout.strip().splitlines()
+    assert title.startswith("train_step on v5e:2x4; *") or title.startswith("train_step on ")
+    assert [row[0] for row in rows] == ["*", " ", " ", " "]
     costs = [float(row.split()[-1]) for row in rows]
     assert costs == sorted(costs)
     assert len(rows) == 4

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen3_jax.checkpoint import Checkpointer, find_verified
 from qwen3_jax.train.metrics import MetricsLog
-from qwen3_jax.train.run_directory import check_writable
+from qwen3_jax.train.run_directory import RunDirectory, check_writable
 
 
 def weights(devices: int = 1, rows: int = 64) -> dict[str, jax.Array]:
@@ -201,3 +201,15 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
             check_writable(str(tmp_path / "readonly"))
     finally:
         unmount(tmp_path / "readonly")
+
+
+def test_a_directory_is_that_of_one_run_at_a_time(tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    with RunDirectory(output):
+        with pytest.raises(
+            ValueError, match=f"^output_dir: '{output}' is in use by another run; use another directory$"
+        ):
+            RunDirectory(output)
+        RunDirectory(str(tmp_path / "other"))
+    with RunDirectory(output):
+        pass

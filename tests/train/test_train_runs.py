@@ -23,7 +23,9 @@ from processes import Command
 from program_cache import QUICK_COMPILE
 from tiny import TRAINED, yaml_fields
 
+from qwen3_jax.cli.config_file import load_config
 from qwen3_jax.tasks.arithmetic import write_dataset
+from qwen3_jax.train import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 STEPS, KILLS = 80, 20
@@ -98,6 +100,8 @@ def whole(folder: Path) -> list[dict[str, Any]]:
     series = lines_of(folder / "whole")
     assert [line["step"] for line in series] == list(range(1, STEPS + 1))
     assert series[-1]["loss"] < series[0]["loss"] - 1
+    kept, output = load_config(TrainConfig, folder / "whole" / "config.yaml"), ["--output_dir", str(folder / "whole")]
+    assert kept == load_config(TrainConfig, folder / "run.yaml", output)
     return series
 
 
@@ -291,7 +295,8 @@ def test_a_run_begins_with_the_weights_of_another(folder: Path, whole: list[dict
     for name in ("sources", "tokenizer", "sequence_length", "batch_size"):
         overrides += [f"--eval_data.{name}", held_out[name]]
     said = finish(start(folder, "second", *overrides))
-    assert f"weights of {folder / 'whole' / 'checkpoints' / str(STEPS)}" in said
+    assert f"{folder / 'whole'}: weights of step {STEPS}" in said
+    assert all(f"step {step}: eval_loss " in said for step in (2, 4))
     lines = lines_of(folder / "second")
     assert lines[0]["loss"] < whole[0]["loss"] / 3
     assert lines[0]["learning_rate"] == 0
