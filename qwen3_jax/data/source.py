@@ -19,6 +19,7 @@ import functools
 import glob
 import hashlib
 import json
+import logging
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,9 @@ RECORD_KEYS = (
     *("instruction", "input", "output", "history", "prompt", "completion"),
 )
 _TAIL = 65536  # bytes of a Parquet or ArrayRecord file, from its end, that its digest is of
+
+# It would print a traceback for what is raised here in one line.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 _ROW_GROUPS = 8  # cached per process, over all Parquet files
 

@@ -80,3 +80,28 @@ def test_nothing_is_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         main(["data", "check", str(folder / "a.jsonl"), "--drop", str(folder)])
     assert "a.jsonl' exists" in capsys.readouterr().err
+
+
+def test_chats_of_an_evaluation_set_are_found_as_they_stand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both sides are read alike: without the roles' names, thoughts before contents, whatever the record's shape."""
+    words = [" ".join(f"w{i}n{j}" for j in range(7)) for i in range(60)]
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": words[3 * i]},
+                {"role": "assistant", "reasoning_content": words[3 * i + 1], "content": words[3 * i + 2]},
+            ]
+        }
+        for i in range(20)
+    ]
+    pairs = [{"prompt": chat["messages"][0]["content"], "completion": "x"} for chat in chats]
+    for name, records in (("train", chats), ("eval", chats[5:10]), ("pairs", pairs[:5])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    command = ["data", "check", str(tmp_path / "train.jsonl"), "--near", "0", "--json", "--ngram"]
+    main([*command, "13", "--eval", str(tmp_path / "eval.jsonl")])
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(each["kind"], each["place"]) for each in found] == [
+        ("overlap", f"{tmp_path}/train.jsonl:{i}") for i in range(6, 11)
+    ]
+    main([*command, "7", "--eval", str(tmp_path / "pairs.jsonl")])
+    assert len(capsys.readouterr().out.splitlines()) == 5

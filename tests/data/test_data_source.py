@@ -124,6 +124,14 @@ def test_parquet_gives_bytes_as_text_and_no_padding_of_structs(tmp_path: Path) -
         list(DocumentSource([str(tmp_path / "b.parquet")]))
 
 
+@pytest.mark.parametrize("path", ["s3://b/x.jsonl", "abc://x.jsonl", "https://localhost:1/x.jsonl"])
+def test_what_no_file_system_here_reads_is_refused_in_one_line(path: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^sources\.c\.paths: '{path}' (cannot be listed|matches no file)[^\n]*; use "
+    ):
+        DocumentSource([path], "sources.c.paths")
+
+
 def test_parquet_without_the_columns_is_refused(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet\' cannot be read \(columns body; use text, or messages\)"):
