@@ -39,9 +39,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"{name}: with --input; use --prompt")
     if args.raw and args.prompt is None:
         raise ValueError("--raw: with --input; use the field text in its lines")
-    for name, given in (("--samples", args.samples != 1), ("--logprobs", args.logprobs), ("--strict", args.strict)):
-        if given and args.prompt is not None:
-            raise ValueError(f"{name}: with --prompt; use --input and --output")
+    for_files = {"samples": 1, "batch_size": 64, "logprobs": False, "strict": False}
+    for name, default in for_files.items():
+        if args.prompt is not None and getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: with --prompt; use --input and --output")
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     if args.stream and args.json:
         raise ValueError("--stream, --json: both; use one of them")
     for name, value in (("--auto-threshold", args.auto_threshold), ("--auto-cap", args.auto_cap)):
@@ -138,10 +141,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--stream", action="store_true", help="print the text as it comes, the thought dimmed")
     one.add_argument("--json", action="store_true", help="print the answer as a record")
     many = parser.add_argument_group("with --input")
-    many.add_argument("--samples", type=int, default=1, help="answers to each line (default: %(default)s)")
-    many.add_argument("--logprobs", action="store_true", help="add the log-probability of each token")
-    many.add_argument("--batch-size", type=int, default=64, help="rows decoded together (default: %(default)s)")
-    many.add_argument("--strict", action="store_true", help="stop at a bad line, before anything is decoded")
+    many.add_argument("--samples", type=int, help="answers to each line (default: 1)")
+    many.add_argument("--logprobs", action="store_true", default=None, help="add the log-probability of each token")
+    many.add_argument("--batch-size", type=int, help="rows decoded together (default: 64)")
+    many.add_argument("--strict", action="store_true", default=None, help="stop at a bad line, before decoding")
     return parser
 
 

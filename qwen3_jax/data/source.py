@@ -31,6 +31,7 @@ import fsspec
 from array_record.python.array_record_module import ArrayRecordReader
 
 from qwen3_jax.data import manifest
+from qwen3_jax.text.records import other_than_text
 
 # What `qwen3_jax.data.records` reads.
 RECORD_KEYS = (
@@ -151,6 +152,8 @@ class _TextFile:
         inside, position, digest = False, 0, hashlib.blake2b(digest_size=8)
         with fsspec.open(path, "rb") as file:
             for line in file:
+                if position == 0:
+                    self._refuse(line)
                 digest.update(line)
                 if not line.strip():
                     inside = False
@@ -162,6 +165,12 @@ class _TextFile:
                     inside = self._form == "text"
                 position += len(line)
         self.content = digest.hexdigest()
+
+    def _refuse(self, first: bytes) -> None:
+        if what := other_than_text(first):
+            raise ValueError(what)
+        if self._form == "json" and first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            raise ValueError("begins as a JSON array; use one object a line")
 
     def __len__(self) -> int:
         return len(self._starts)

@@ -13,23 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from qwen3_jax.text.records import parse_json, parse_record
+from qwen3_jax.text.records import other_than_text, parse_json, parse_record
 
 STDIN = Path("-")
 
 _HEAD = 4096
 _GZIP = b"\x1f\x8b"
-# What begins a file that is no text, and what to do with it.
-_OTHERS = {
-    b"PAR1": ("Parquet", "use JSON lines, as pandas writes them with to_json(..., orient='records', lines=True)"),
-    b"\xff\xfe": ("UTF-16", "use UTF-8 (iconv -f UTF-16 -t UTF-8)"),
-    b"\xfe\xff": ("UTF-16", "use UTF-8 (iconv -f UTF-16 -t UTF-8)"),
-    b"\x28\xb5\x2f\xfd": ("compressed by zstd", "decompress it, or use gzip"),
-    b"BZh": ("compressed by bzip2", "decompress it, or use gzip"),
-    b"\xfd7zXZ": ("compressed by xz", "decompress it, or use gzip"),
-    b"PK\x03\x04": ("a zip archive", "unpack it, or use gzip"),
-}
-
 # OpenAI's names of settings that have another one here.
 _OPENAI_NAMES: dict[str, str] = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 _OPENAI_NEUTRAL = {"stream": (False,), "n": (1,), "logprobs": (False,), "store": (False, True), "top_logprobs": (0,)}
@@ -44,13 +33,15 @@ def open_lines(source: Path, announce: Callable[[str], None]) -> Iterator[IO[byt
     Raises:
       ValueError: the file does not exist, is not text, or is a damaged gzip or array.
     """
-    if source != STDIN and not source.is_file():
+    if source != STDIN and (not source.exists() or source.is_dir()):
         raise ValueError(f"input: {str(source)!r} does not exist; use a JSONL file, or - for standard input")
     with contextlib.ExitStack() as stack:
         if source == STDIN:
             file = _copy(sys.stdin.buffer, stack.enter_context(tempfile.TemporaryFile()))
         else:
             file = stack.enter_context(source.open("rb"))
+            if not source.is_file():  # a pipe, as the shell's <(...), which is read once only
+                file = _copy(file, stack.enter_context(tempfile.TemporaryFile()))
         if file.read(len(_GZIP)) == _GZIP:
             file.seek(0)
             announce(f"{source}: taken for gzip")
@@ -61,11 +52,8 @@ def open_lines(source: Path, announce: Callable[[str], None]) -> Iterator[IO[byt
                 raise ValueError(f"input: {str(source)!r} is a damaged gzip file ({error})") from None
         file.seek(0)
         head = file.read(_HEAD)
-        for magic, (what, instead) in _OTHERS.items():
-            if head.startswith(magic):
-                raise ValueError(f"input: {str(source)!r} is {what}; {instead}")
-        if b"\0" in head:
-            raise ValueError(f"input: {str(source)!r} holds zero bytes, which no text does; use UTF-8")
+        if what := other_than_text(head):
+            raise ValueError(f"input: {str(source)!r} {what}")
         file.seek(0)
         if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             elements = _elements(source, file.read())
@@ -122,5 +110,8 @@ def _from_openai(request: dict[str, Any]) -> dict[str, Any]:
         elif name == "prompt":
             record["text" if isinstance(value, str) else "prompt_ids"] = value  # of the completions API
         else:
-            record[_OPENAI_NAMES.get(name, name)] = value
+            ours = _OPENAI_NAMES.get(name, name)
+            if record.get(ours, value) != value:
+                raise ValueError(f"body.{name}: {value!r:.40}, but {record[ours]!r:.40} under another name; use one")
+            record[ours] = value
     return record

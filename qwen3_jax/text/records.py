@@ -5,6 +5,24 @@ from __future__ import annotations
 import json
 from typing import Any
 
+# What begins a file that is no text, and what to do with it.
+_OTHERS = {
+    b"PAR1": "is Parquet; use JSON lines, as pandas writes them with to_json(..., orient='records', lines=True)",
+    b"\x1f\x8b": "is gzip; decompress it",
+    b"\xff\xfe": "is UTF-16; use UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": "is UTF-16; use UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd; decompress it",
+    b"BZh": "is compressed by bzip2; decompress it",
+    b"\xfd7zXZ": "is compressed by xz; decompress it",
+    b"PK\x03\x04": "is a zip archive; unpack it",
+}
+
+
+def other_than_text(head: bytes) -> str:
+    """What the first bytes of a file say that it is, and what to use instead; empty for UTF-8 text."""
+    found = next((what for magic, what in _OTHERS.items() if head.startswith(magic)), "")
+    return found or ("holds zero bytes, which no text does; use UTF-8" if b"\0" in head else "")
+
 
 def parse_json(content: bytes) -> Any:
     """The JSON value in UTF-8 bytes, with or without a byte order mark.

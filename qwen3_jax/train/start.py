@@ -23,7 +23,7 @@ from rich.console import Console
 from qwen3_jax import hf
 from qwen3_jax.checkpoint import Checkpointer, find_params, restore_params
 from qwen3_jax.config import ModelConfig
-from qwen3_jax.text.tokenizer import GENERATION_CONFIG
+from qwen3_jax.text.tokenizer import GENERATION_CONFIG, fingerprint
 from qwen3_jax.train.config import TrainConfig
 from qwen3_jax.train.feed import Feed
 from qwen3_jax.train.ledger import Ledger
@@ -67,6 +67,9 @@ def start_state(
             return GuardedState(TrainState(*arrays), program.guard(**run["guard"])), step
     with ledger.phase("compile"):
         if config.init_from is not None:
+            with contextlib.suppress(ValueError):  # one without a tokenizer
+                if fingerprint(config.init_from) != fingerprint(config.data.tokenizer):
+                    announce(f"init_from: {config.init_from} has another tokenizer than {config.data.tokenizer}")
             params = _load(epath.Path(config.init_from), config.model, abstract.params, program.mesh, announce)
         else:
             params = program.init(jax.random.key(config.seed))

@@ -316,6 +316,7 @@ def test_strict_stops_before_anything_is_written(capsys: pytest.CaptureFixture[s
         ([*FILES, "--stream"], "--stream: with --input; use --prompt"),
         (["--prompt", "x", "--samples", "2"], "--samples: with --prompt; use --input and --output"),
         (["--prompt", "x", "--logprobs"], "--logprobs: with --prompt; use --input and --output"),
+        (["--prompt", "x", "--batch-size", "64"], "--batch-size: with --prompt; use --input and --output"),
         ([*FILES, "--samples", "0"], "--samples: 0; use a number >= 1"),
         (["--input", "missing.jsonl", "--output", "out.jsonl"], "input: 'missing.jsonl' does not exist"),
     ],

@@ -28,6 +28,7 @@ from qwen3_jax.cli.config_file import load_config, load_stages
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.data import DataConfig, SourceConfig, make_loader, survey
 from qwen3_jax.decode import ThinkingTokens, check_request
+from qwen3_jax.evaluate.pass_at_k import score_file
 from qwen3_jax.serve import shipped_model
 from qwen3_jax.serve.answer_file import AnswerFile
 from qwen3_jax.serve.input_file import open_lines, read_record
@@ -202,6 +203,11 @@ def _answers(folder: Path, value: Json) -> None:
         answers.write_errors([])
 
 
+def _scores(folder: Path, value: Json) -> None:
+    (folder / "out.jsonl").write_text(_dumps(value) + "\n")
+    score_file(folder / "out.jsonl")
+
+
 READERS: dict[str, tuple[Callable[[Path, Json], None], list[Json]]] = {
     "config.json": (_config_json, [DENSE.to_hf(), MOE.to_hf()]),
     "run file": (_run_file, [RUN, {key: value for key, value in RUN.items() if key != "stages"}]),
@@ -221,6 +227,7 @@ READERS: dict[str, tuple[Callable[[Path, Json], None], list[Json]]] = {
         _tokenizer_json,
         [{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}],
     ),
+    "scores": (_scores, [{"id": 1, "sample": 0, "content": "a", "answer": "a", "thinking_tokens": 3}]),
     "answers": (_answers, [{"id": 1, "line": 1, "sample": 0, "record": "x"}, {"id": None, "line": 2, "error": "e"}]),
 }
 

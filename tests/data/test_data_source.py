@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,21 @@ def test_what_no_file_system_here_reads_is_refused_in_one_line(path: str) -> Non
         ValueError, match=rf"^sources\.c\.paths: '{path}' (cannot be listed|matches no file)[^\n]*; use "
     ):
         DocumentSource([path], "sources.c.paths")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b'{"text": "a"}'), "is gzip; decompress it"),
+        ('{"text": "a"}'.encode("utf-16"), "is UTF-16; use UTF-8"),
+        (b"PAR1", "is Parquet; use JSON lines"),
+        (b'\xef\xbb\xbf[{"text": "a"}]', "begins as a JSON array; use one object a line"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused_by_what_it_is(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^paths: '.*a\.jsonl' cannot be read \({message}"):
+        DocumentSource([str(tmp_path / "a.jsonl")])
 
 
 def test_parquet_without_the_columns_is_refused(tmp_path: Path) -> None:

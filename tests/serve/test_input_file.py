@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import lzma
+import os
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +56,15 @@ def test_what_is_read_says_what_it_was_taken_for(tmp_path: Path, content: bytes,
 def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(gzip.compress(LINES))))
     assert _read(STDIN)[0] == RECORDS
+
+
+def test_a_pipe_is_read_once(tmp_path: Path) -> None:
+    """As the shell's `<(...)` is one."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(LINES,))
+    writer.start()
+    assert _read(tmp_path / "pipe")[0] == RECORDS
+    writer.join()
 
 
 def _parquet(path: Path) -> None:
@@ -115,6 +126,7 @@ def test_an_openai_batch_line_becomes_a_record() -> None:
     ("body", "message"),
     [
         (3, "body: 3; use an object"),
+        ({"max_tokens": 2, "max_completion_tokens": 3}, r"body\.max_completion_tokens: 3, but 2 under another name"),
         ({"n": 2}, r"body\.n: 2; leave it out \(infer\.py has --samples"),
         ({"stream": True}, r"body\.stream: True; leave it out"),
         ({"chat_template_kwargs": {"a": 1}}, r"body\.chat_template_kwargs: \{'a': 1\}; use enable_thinking alone"),

@@ -304,6 +304,7 @@ def test_a_run_begins_with_the_weights_of_another(folder: Path, whole: list[dict
     assert lines[1]["eval_loss"] < whole[0]["loss"] / 3
     assert list((folder / "second" / "profile").rglob("*.xplane.pb"))
     assert "this run uses" not in said
+    assert "another tokenizer" not in said
     overrides = ["--init_from", str(folder / "whole"), "--model.intermediate_size", "128"]
     said = finish(start(folder, "third", *overrides), code=2)
     assert "has intermediate_size 256; model.intermediate_size: 128" in said
