@@ -207,12 +207,16 @@ def page(report: Report, price: float | None = None) -> str:
     return "\n".join(lines)
 
 
+_WIDTH = 80
+
 _CAVEATS = """\
-Matrix products take the compiler's estimated cycles, kernels their roofline, collectives their bytes over the
-links of their torus axes, everything else its bytes at HBM's bandwidth. A collective is exposed while nothing
-runs beside it, waiting for the links included. A step takes at least the time of its HBM bytes. Loops count as
-often as they run. Not counted: launches, transfers to hosts and between slices, gathers and sorts slower than
-HBM, imbalance. The estimate tends to be too low (a published step took 1.6 times its estimate): compare it only
+Matrix products take the compiler's estimated cycles, kernels their roofline,
+collectives their bytes over the links of their torus axes, everything else its
+bytes at HBM's bandwidth. A collective is exposed while nothing runs beside it,
+waiting for the links included. A step takes at least the time of its HBM bytes.
+Loops count as often as they run. Not counted: launches, transfers to hosts and
+between slices, gathers and sorts slower than HBM, imbalance. The estimate tends
+to be too low (a published step took 1.6 times its estimate): compare it only
 with other estimates."""
 
 
@@ -231,7 +235,7 @@ def _memory(report: Report) -> list[str]:
 def _estimate(report: Report, price: float | None) -> list[str]:
     assert report.step_s is not None
     assert report.slow_step_s is not None
-    slow = f"({_time(report.slow_step_s)} with kernels at {_KERNEL_SHARE:.0%} of their roofline)"
+    slow = f"{_time(report.slow_step_s)} with kernels at {_KERNEL_SHARE:.0%}"
     lines = [_line("estimated step", _time(report.step_s), slow if report.seconds["kernels"] else "")]
     if report.floor_s:
         ratio = f"x {report.step_s / report.floor_s:.2f}"
@@ -252,7 +256,7 @@ def _tables(report: Report) -> list[str]:
         "kernels": f"{report.work['kernels']:.3g} FLOPs",
         "other": "at HBM's bandwidth",
         "collectives": "not hidden",
-        "waiting for HBM": f"{report.work['hbm'] / 1e9:,.1f} GB, asynchronous copies included",
+        "waiting for HBM": f"{report.work['hbm'] / 1e9:,.1f} GB, async copies included",
     }
     waiting = max((report.step_s or 0.0) - sum(report.seconds.values()), 0.0)
     seconds = report.seconds | {"waiting for HBM": waiting}
@@ -268,7 +272,9 @@ def _tables(report: Report) -> list[str]:
         lines.append(f"  {name:24}{c['group_size']:5}{numbers}")
     lines += ["", "costliest                count        time"]
     for o in report.costliest:
-        lines.append(f"  {o['kind']:20}{o['count']:8,.0f}{_time(o['seconds']):>12}   {o['shape']}  {o['source']}")
+        line = f"  {o['kind']:20}{o['count']:8,.0f}{_time(o['seconds']):>12}   {o['shape']}"
+        fits = len(line) + 2 + len(o["source"]) <= _WIDTH
+        lines += [f"{line}  {o['source']}"] if fits else [line, f"{'':45}{o['source']}"]
     return lines
 
 

@@ -59,9 +59,11 @@ def test_a_page_adds_up() -> None:
     assert "all-gather, async 16 56 3.20 250.00 ms 125.00 ms".split() in lines
     assert "matmul 28 500.00 ms bf16[8,8] body/dot_general".split() in lines
     assert "$" not in page(REPORT)
-    assert "waiting for HBM 0.00 ms 200.0 GB, asynchronous copies included".split() in lines
+    long = dataclasses.replace(REPORT, costliest=({**REPORT.costliest[0], "source": "a/" * 17},))
+    assert max(map(len, (*text.splitlines(), *page(long).splitlines()))) <= 80
+    assert "waiting for HBM 0.00 ms 200.0 GB, async copies included".split() in lines
     slower = words(page(dataclasses.replace(REPORT, step_s=1.5)))
-    assert "waiting for HBM 250.00 ms 200.0 GB, asynchronous copies included".split() in slower
+    assert "waiting for HBM 250.00 ms 200.0 GB, async copies included".split() in slower
     assert REPORT.to_json(3.6)["dollars_per_billion_tokens"] == pytest.approx(305.18, abs=0.01)
     assert REPORT.to_json()["mfu"] == pytest.approx(0.4)
 
