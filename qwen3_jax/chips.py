@@ -72,7 +72,7 @@ def slice_name(name: str) -> str:
             raise ValueError(f"topology: {name!r}; use a power of two of cores, or the shape of the slice")
         sizes = [2 ** ((chips.bit_length() - 1 + axis) // axes) for axis in range(axes)]
         shape = "x".join(map(str, sizes if chips > 4 else sorted(sizes, reverse=True)))  # 2x2x1 is one host
-    chip = find_chip(kind)
+    chip = find_chip(f"{kind}:{shape}" if shape else kind)
     if not re.fullmatch(r"\d+(x\d+)*", shape) or shape.count("x") + 1 != chip.torus_axes:
         example = "4x4x4" if chip.torus_axes == 3 else "4x4"
         raise ValueError(f"topology: {name!r}; use {chip.torus_axes} sizes, such as {chip.name}:{example}")

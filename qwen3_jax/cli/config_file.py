@@ -232,4 +232,9 @@ def _one_line(error: BaseException) -> str:
     """The message in one line. Where a class refused its fields, the message of the class, which names the field."""
     while "Couldn't instantiate class" in str(error) and error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(part.strip() for part in str(error).splitlines() if part.strip())
+    line = " ".join(part.strip() for part in str(error).splitlines() if part.strip())
+    if found := re.search(r"(?:`([\w.]+)`: )?Missing required field\(s\) `(\w+)`", line):
+        key = ".".join(filter(None, found.groups()))
+        start = ", or init_from, whose it then is" if found[2] in ("model", "tokenizer") else ""
+        return f"{key}: missing; set it{start}"
+    return line

@@ -92,6 +92,9 @@ def test_a_source_is_changed_by_its_name_and_one_path_is_a_list_of_one(tmp_path:
         ({}, ["--data.sources.c.paths", "x"], "sources.c: no such name; use one of a, b"),
         ({}, ["--data.sources.a.path", "x"], "--data.sources.a.path: no such key; did you mean --data.sources.paths?"),
         ({}, ["--sed", "1"], "--sed: no such key; did you mean --seed?"),
+        ({"model": None}, [], "run.yaml: model: missing; set it, or init_from, whose it then is"),
+        ({"steps": None}, [], "run.yaml: steps: missing; set it"),
+        ({"data": {"sources": []}}, [], "run.yaml: data.tokenizer: missing; set it, or init_from"),
         ({"stepz": 3}, [], "run.yaml: stepz: no such key; did you mean steps?"),
         (
             {"optimizer": {"learning_rte": 1, "warmup_steps": 2}},
