@@ -39,10 +39,10 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     [
         (LINES, []),
         (b"\xef\xbb\xbf" + LINES, []),
-        (gzip.compress(LINES), ["gzip"]),
+        (gzip.compress(LINES, mtime=0), ["gzip"]),
         (json.dumps(RECORDS).encode(), ["a JSON array of 2 records"]),
         (b"\xef\xbb\xbf \n" + json.dumps(RECORDS, indent=1).encode(), ["a JSON array of 2 records"]),
-        (gzip.compress(json.dumps(RECORDS).encode()), ["gzip", "a JSON array of 2 records"]),
+        (gzip.compress(json.dumps(RECORDS).encode(), mtime=0), ["gzip", "a JSON array of 2 records"]),
     ],
 )
 def test_what_is_read_says_what_it_was_taken_for(tmp_path: Path, content: bytes, taken_for: list[str]) -> None:
@@ -54,7 +54,7 @@ def test_what_is_read_says_what_it_was_taken_for(tmp_path: Path, content: bytes,
 
 
 def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(gzip.compress(LINES))))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(gzip.compress(LINES, mtime=0))))
     assert _read(STDIN)[0] == RECORDS
 
 
@@ -85,7 +85,7 @@ def _zip(path: Path) -> None:
         (lambda path: path.write_text('{"prompt": "x"}', encoding="utf-16-le"), "holds zero bytes"),
         (lambda path: path.write_bytes(bz2.compress(LINES)), "is compressed by bzip2; decompress it"),
         (lambda path: path.write_bytes(lzma.compress(LINES)), "is compressed by xz; decompress it"),
-        (lambda path: path.write_bytes(gzip.compress(LINES)[:-9]), "is a damaged gzip file"),
+        (lambda path: path.write_bytes(gzip.compress(LINES, mtime=0)[:-9]), "is a damaged gzip file"),
         (lambda path: path.write_text('[{"prompt": "x"},'), "begins as a JSON array, but is not valid JSON"),
         (lambda path: path.mkdir(), "does not exist; use a JSONL file"),
     ],
