@@ -58,6 +58,11 @@ def one_run(text: str) -> epath.Path:
     return path
 
 
+def run_on_disk(text: str) -> Path:
+    """Both: on a disk, and not the output_dir of a run in stages."""
+    return Path(one_run(str(on_disk(text))))
+
+
 def on_disk(text: str) -> Path:
     """A path on a disk, not in a bucket."""
     if "://" in text:

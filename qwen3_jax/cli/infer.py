@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from qwen3_jax.cli.arguments import Parser, version
+from qwen3_jax.cli.arguments import Parser, run_on_disk, version
 from qwen3_jax.cli.config_file import load_config
 from qwen3_jax.cli.errors import exits_cleanly
 from qwen3_jax.cli.progress import file_progress
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--model",
-        type=Path,
+        type=run_on_disk,
         default=shipped_model(),
         help="directory in Hugging Face's layout, or a run's output_dir (default: the model that ships)",
     )

@@ -93,10 +93,14 @@ class DocumentSource:
         tokenised = [file for file in self._files if isinstance(file, _ArrayRecordFile)]
         self.tokenizers = {file.tokenizer for file in tokenised if file.tokenizer is not None}
         self._starts = list(accumulate(map(len, self._files), initial=0))
-        made_from = {file.made_from: None for file in tokenised}
-        contents = [file.content for file in self._files]
-        self.content = next(iter(made_from)) if len(made_from) == 1 and len(tokenised) == len(self._files) else None
-        self.content = self.content or hashlib.blake2b("".join(contents).encode(), digest_size=8).hexdigest()
+        self.content = self._content()
+
+    def _content(self) -> str:
+        made_from = {file.made_from if isinstance(file, _ArrayRecordFile) else None for file in self._files}
+        if len(made_from) == 1 and (whole := made_from.pop()) is not None:
+            return whole
+        contents = "".join(file.content for file in self._files)
+        return hashlib.blake2b(contents.encode(), digest_size=8).hexdigest()
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -248,12 +252,15 @@ class _ArrayRecordFile:
         self._path = path
         found = manifest.beside(path)
         self.made_from = None if found is None else found.content
-        self.content = _digest_of_end(path)
         self.tokenizer = None if found is None else found.tokenizer
         self._count = _array_record(path).num_records()
         # A truncated file opens without an error, as a file without records.
         if found is not None and self._count != found.shards.get(path.rpartition("/")[2]):
             raise ValueError(f"{self._count} records; its {manifest.NAME} lists another number")
+
+    @property
+    def content(self) -> str:
+        return _digest_of_end(self._path)
 
     def __len__(self) -> int:
         return self._count

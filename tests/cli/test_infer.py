@@ -262,6 +262,18 @@ def test_a_run_that_trained_is_decoded(capsys: pytest.CaptureFixture[str], tmp_p
     assert json.loads(theirs)["token_ids"] == json.loads(run(capsys, *argv)[1])["token_ids"]
 
 
+def test_a_plan_is_asked_for_one_of_its_stages(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for stage in ("s1", "s2"):
+        (tmp_path / stage / "checkpoints").mkdir(parents=True)
+    code, _, err = run(capsys, "--prompt", "x", "--model", str(tmp_path))
+    assert (code, f"{str(tmp_path)!r} holds the stages of a plan; use one of {tmp_path}/s1, {tmp_path}/s2" in err) == (
+        2,
+        True,
+    )
+    code, _, err = run(capsys, "--prompt", "x", "--model", "gs://bucket/run")
+    assert (code, "'gs://bucket/run'; use a path on a disk" in err) == (2, True)
+
+
 def test_raw_text_is_continued(capsys: pytest.CaptureFixture[str], tmp_path: Path, engine: Engine) -> None:
     text = "<|im_start|>user\nWhat is 2 + 3? /think<|im_end|>\n<|im_start|>assistant\n"
     settings = ("--thinking-budget", "4", "--temperature", "0", "--max-new-tokens", "64", "--json")
