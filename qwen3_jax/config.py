@@ -276,11 +276,10 @@ def refuse_other_than_directory(directory: str | Path | epath.Path, field: str) 
       ValueError: beginning with `field`.
     """
     path = epath.Path(directory)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
-        raise ValueError(
-            f"{field}: {str(directory)!r} does not exist; if it is a name on the Hugging Face Hub, fetch it first: "
-            f"hf download {directory} --local-dir {path.name}"
-        )
+    if not path.exists():
+        is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)) and not path.parent.exists()
+        hint = f"; if it is a name on the Hugging Face Hub: hf download {directory} --local-dir {path.name}"
+        raise ValueError(f"{field}: {str(directory)!r} does not exist; use a directory{hint if is_name else ''}")
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
         raise ValueError(
             f"{field}: {str(directory)!r} holds an adapter (LoRA), not a model; merge it into its base model first "

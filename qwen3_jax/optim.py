@@ -84,8 +84,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     stable = steps - config.warmup_steps - tail
     if tail < 1 or stable < 0:
         raise ValueError(
-            f"steps: {steps} do not hold warmup_steps ({config.warmup_steps}) and a decay ({config.decay_steps}); "
-            "use more steps"
+            f"steps: {steps} do not hold warmup_steps ({config.warmup_steps}) and the decay after them; use at least "
+            f"{config.warmup_steps + max(config.decay_steps, 1)}, or fewer warmup_steps"
         )
     parts = [optax.linear_schedule(0.0, first, config.warmup_steps)]
     if config.schedule == "cosine":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +15,8 @@ from etils import epath
 from qwen3_jax.checkpoint import CHECKPOINTS
 from qwen3_jax.train.start import code_version
 
+_FLAG = re.compile(r"(?<!\S)--[a-z][\w-]*")
+
 
 class Parser(argparse.ArgumentParser):
     """Refuses a command line in one line, with the flag that was probably meant."""
@@ -21,7 +24,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
+        if "required" in message:  # perhaps since it was mistyped
+            flags = set(_FLAG.findall(self.format_help()))
+            self.refuse([word for word in self._words if _FLAG.match(word) and word.partition("=")[0] not in flags])
         raise ValueError(f"{message}; {self.prog} --help lists what there is")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -32,7 +42,7 @@ class Parser(argparse.ArgumentParser):
     def refuse(self, words: Sequence[str]) -> None:
         """Refuses words that the command line has too many."""
         for word in words[:1]:
-            flags = re.findall(r"(?<!\S)--[a-z][\w-]*", self.format_help())
+            flags = _FLAG.findall(self.format_help())
             raise ValueError(f"{word}: no such argument{did_you_mean(word.partition('=')[0], flags)}")
 
 

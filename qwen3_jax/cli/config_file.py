@@ -43,11 +43,15 @@ def decode_config(cls: type[T], raw: dict[str, Any], overrides: Sequence[str], w
         plain = re.sub(r"\bsources\.[^.]+\.", "sources.", key)
         if plain not in (known := list(_fields(cls))):
             raise ValueError(f"--{key}: no such key{did_you_mean(plain, known, '--')}")
+    tree = raw
     try:
         tree = _with_start(cls, _merged(_with_model(raw), changes))
         return draccus.decode(cls, _checked(cls, tree))
     except (draccus.utils.DraccusException, yaml.YAMLError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {_one_line(error)}") from None
+        line = _one_line(error, _places(cls, tree))
+        # In a stage a key has another name than its flag: the stage is named instead.
+        is_flag = line.partition(":")[0] in _flat(changes) and ": stages." not in where
+        raise ValueError(f"--{line}" if is_flag else f"{where}: {line}") from None
 
 
 def load_model(model: str) -> ModelConfig:
@@ -98,7 +102,7 @@ def _parse_overrides(words: Sequence[str]) -> dict[str, Any]:
         if "=" not in word:
             value = next(rest, "--")
         if not word.startswith("--") or value.startswith("--"):
-            raise ValueError(f"{word}: use --section.key value")
+            raise ValueError(f"{word}: use --section.key value, and for several values --section.key '[a, b]'")
         flat[key] = draccus.cfgparsing.parse_string(value)
     return draccus.utils.deflatten(flat, sep=".")
 
@@ -116,7 +120,7 @@ def _of_stage(words: Sequence[str], name: str, stages: Collection[str]) -> list[
     return selected
 
 
-def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def _merged(tree: dict[str, Any], changes: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`tree` updated with `changes`, recursively where both hold a mapping; in a list of mappings by their names."""
     merged = dict(tree)
     for key, value in changes.items():
@@ -124,10 +128,10 @@ def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and isinstance(old, list) and all(isinstance(item, dict) for item in old):
             names = [item.get("name") for item in old]
             for name in value.keys() - set(names):
-                raise ValueError(f"{key}.{name}: no such name; use one of {', '.join(map(str, names))}")
+                raise ValueError(f"{prefix}{key}.{name}: no such name; use one of {', '.join(map(str, names))}")
             merged[key] = [_merged(item, value.get(name, {})) for name, item in zip(names, old, strict=True)]
         elif isinstance(value, dict) and isinstance(old, dict):
-            merged[key] = _merged(old, value)
+            merged[key] = _merged(old, value, f"{prefix}{key}.")
         else:
             merged[key] = value
     return merged
@@ -146,7 +150,11 @@ def _with_start(cls: typing.Any, tree: dict[str, Any]) -> dict[str, Any]:
         return tree
     found = {}
     if not isinstance(tree.get("model"), dict) or not {"hidden_size"} <= tree["model"].keys():
-        found["model"] = _merged(dataclasses.asdict(ModelConfig.from_hf(start)), tree.get("model") or {})
+        try:
+            held = dataclasses.asdict(ModelConfig.from_hf(start))
+        except ValueError as error:
+            raise ValueError(f"init_from: {str(error).removeprefix('model: ')}") from None
+        found["model"] = _merged(held, tree.get("model") or {})
     for name in ("data", "eval_data"):
         if isinstance(data := tree.get(name), dict):
             found[name] = {"tokenizer": start, **data}
@@ -228,13 +236,35 @@ def _described(cls: typing.Any) -> dict[str, str]:
     return {one: says.strip() for names, says in said for one in names.split(", ")}
 
 
-def _one_line(error: BaseException) -> str:
-    """The message in one line. Where a class refused its fields, the message of the class, which names the field."""
+def _one_line(error: BaseException, places: typing.Mapping[str, list[str]] | None = None) -> str:
+    """The message in one line, beginning with the dotted key. Where a class refused its fields, it is the message of
+    the class, which names the field; `places` are the keys of each class by its name."""
+    within: list[str] = []
     while "Couldn't instantiate class" in str(error) and error.__cause__ is not None:
+        found = re.search(r"class (\w+)", str(error))
+        keys = (places or {}).get(found[1], []) if found else []
+        within = keys[0].split(".") if len(keys) == 1 else []
         error = error.__cause__
     line = " ".join(part.strip() for part in str(error).splitlines() if part.strip())
     if found := re.search(r"(?:`([\w.]+)`: )?Missing required field\(s\) `(\w+)`", line):
-        key = ".".join(filter(None, found.groups()))
         start = ", or init_from, whose it then is" if found[2] in ("model", "tokenizer") else ""
-        return f"{key}: missing; set it{start}"
-    return line
+        return f"{'.'.join(filter(None, found.groups()))}: missing; set it{start}"
+    if found := re.match(r"`([\w.]+)`: Couldn't parse (.+) into an? ([\w\[\], .]+)", line):
+        return f"{found[1]}: {found[2]}; use a value of type {found[3]}"
+    # The class may name the part of the key that leads to it, as "mesh.fsdp" or "sources.NAME.paths".
+    named = line.partition(":")[0].split(".")
+    shared = max(i for i in range(min(len(within), len(named)) + 1) if within[len(within) - i :] == named[:i])
+    return ".".join([*within[: len(within) - shared], line]) if re.fullmatch(r"[\w.-]+", ".".join(named)) else line
+
+
+def _places(cls: typing.Any, tree: typing.Any, prefix: str = "") -> dict[str, list[str]]:
+    """By the name of each dataclass the keys of `tree` that hold one."""
+    found: dict[str, list[str]] = {}
+    for name, (_, _, part) in _own_fields(cls).items():
+        held = tree.get(name) if isinstance(tree, dict) else None
+        if part is not None and held is not None:
+            found.setdefault(part.__name__, []).append(prefix + name)
+            inside = held[0] if isinstance(held, list | tuple) and held else held
+            for inner, keys in _places(part, inside, f"{prefix}{name}.").items():
+                found.setdefault(inner, []).extend(keys)
+    return found

@@ -129,7 +129,7 @@ def _lint(args: argparse.Namespace) -> None:
 
 
 def _table(consumed: Consumption) -> Table:
-    numbers = ("tokens", "share", "in the loss", "documents", "epochs")
+    numbers = ("tokens", "share", "in the loss", "documents", "epochs drawn")
     table = Table("", "", *(Column(title, justify="right") for title in numbers), box=None)
     for kind, values in consumed.shares.items():
         total = sum(counts.tokens for counts in values.values())

@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Decodes on a thinking budget. Sampling settings default to Qwen3's own, by mode."""
     args = _parser().parse_args(argv)
     if (args.input is None) != (args.output is None):
-        raise ValueError("--input, --output: one without the other; use both or neither")
+        missing = "--output" if args.output is None else "--input"
+        raise ValueError(f"{missing}: missing; answers to an --input go to a file, --output FILE")
     for name, given in (("--stream", args.stream), ("--json", args.json)):
         if given and args.prompt is None:
             raise ValueError(f"{name}: with --input; use --prompt")

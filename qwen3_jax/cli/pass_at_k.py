@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> None:
     console.print(
         f"{score.prompts} prompts ({score.refused} refused), {samples} samples each, mean accuracy {score.accuracy:.3f}"
     )
+    if score.unanswered:
+        console.print(f"{score.unanswered} lines without the right answer (`answer`) passed over")
     table = Table("k", "pass@k", box=None)
     for k, value in score.pass_at.items():
         table.add_row(f"{k}", f"{value:.3f}")

@@ -17,9 +17,10 @@ from qwen3_jax.train import TrainConfig
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `tokenize`."""
-    parser.add_argument("config", help="a run file; its data.sources are read")
+    parser.add_argument("config", help="a run file; its data.sources are read; --section.key value as in train.py")
     parser.add_argument("out", type=on_disk, help="the ArrayRecord shards of each source are written to OUT/NAME")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.set_defaults(takes_overrides=True)
     parser.add_argument("--documents-per-shard", type=int, default=DOCUMENTS_PER_SHARD, help="default: %(default)s")
 
 
@@ -28,7 +29,8 @@ def run(args: argparse.Namespace) -> None:
     for name in ("workers", "documents_per_shard"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: {getattr(args, name)}; use a number >= 1")
-    runs = load_stages(TrainConfig, args.config) or {"": load_config(TrainConfig, args.config)}
+    runs = load_stages(TrainConfig, args.config, args.overrides)
+    runs = runs or {"": load_config(TrainConfig, args.config, args.overrides)}
     sources: dict[str, tuple[SourceConfig, DataConfig]] = {}
     for stage, config in runs.items():
         for source in config.data.sources:

@@ -197,7 +197,8 @@ class Cutter:
         if not len(encoded):
             self._log(document, "no text", "blank texts passed over")
         if (number := len(encoded.examples)) > 1:
-            self._log(document, f"thoughts in earlier rounds: {number} examples, one a round", "chats in rounds")
+            what = f"thoughts in earlier rounds, learnt as {number} examples (data.turns)"
+            self._log(document, what, "chats learnt in rounds")
         examples = []
         for full in encoded.examples:
             if not encoded.is_text and len(full) > length:

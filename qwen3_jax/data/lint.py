@@ -43,7 +43,7 @@ def survey(config: DataConfig) -> Survey:
         try:
             record = read_record(document)
         except ValueError as error:
-            raise ValueError(f"{document.location}: {error}") from None
+            raise ValueError(f"{document.location}: {error} (qwen3-jax data lint lists all such lines)") from None
         has_chats |= record.text is None
         if record.shape:
             lines.append(f"sources.{source.name}: taken for {record.shape}")

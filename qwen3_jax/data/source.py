@@ -132,7 +132,8 @@ def expand(path: str, field: str) -> list[str]:
         raise ValueError(f"{field}: {path!r} matches no file; use an existing file or a glob of some")
     for file in files:
         if Path(file).suffix not in _FORMATS:
-            raise ValueError(f"{field}: {file!r} has an unknown format; use one of {', '.join(_FORMATS)}")
+            hint = ", of an array one object a line (jq -c '.[]')" if file.endswith(".json") else ""
+            raise ValueError(f"{field}: {file!r} has an unknown format; use one of {', '.join(_FORMATS)}{hint}")
     return files
 
 

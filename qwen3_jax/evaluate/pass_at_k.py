@@ -19,12 +19,14 @@ class Score:
     prompts: number of prompts, including refused ones. refused: number of prompts with an error record.
     samples: minimum and maximum number of samples per answered prompt.
     pass_at: mean of `pass_at_k` over prompts, for k = 1, 2, 4, ... up to the minimum number of samples.
+    unanswered: lines without `answer`, which were passed over.
     """
 
     prompts: int
     refused: int
     samples: tuple[int, int]
     pass_at: dict[int, float]
+    unanswered: int = 0
 
     @property
     def accuracy(self) -> float:
@@ -52,7 +54,8 @@ def score_file(path: Path) -> Score:
 
     A line is a JSON object with `id`, `sample`, `content` and `answer`. It is correct if content and answer are equal,
     apart from white space around them. The lines of one id are the samples of one prompt. A line with `error` is a
-    refused prompt: it counts as a prompt without a correct sample, and does not limit k.
+    refused prompt: it counts as a prompt without a correct sample, and does not limit k. A line without `answer`, of an
+    input line without one, is passed over.
 
     Raises:
       ValueError: `file:line: field: value; what to use instead`, or the file has no answer.
@@ -60,7 +63,7 @@ def score_file(path: Path) -> Score:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; use a JSONL file of answers")
     correct: dict[str | int, dict[int, bool]] = defaultdict(dict)
-    refused = 0
+    refused = unanswered = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -70,6 +73,9 @@ def score_file(path: Path) -> Score:
                 if "error" in record:
                     refused += 1
                     continue
+                if record.get("answer") is None:
+                    unanswered += 1
+                    continue
                 samples = correct[record["id"]]
                 if record["sample"] in samples:
                     raise ValueError(f"sample: {record['sample']} of id {record['id']!r} again; use another number")
@@ -77,13 +83,16 @@ def score_file(path: Path) -> Score:
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
     if not correct:
-        raise ValueError(f"{path}: no answers; use at least one line that is not an error")
+        raise ValueError(
+            f"{path}: nothing to score, {refused} errors and {unanswered} lines without an `answer`; give the right "
+            "answer as `answer` in the input"
+        )
     prompts = len(correct) + refused
     counts = [(len(samples), sum(samples.values())) for samples in correct.values()]
     fewest, most = min(counts)[0], max(counts)[0]
     powers = [2**i for i in range(fewest.bit_length())]
     pass_at = {k: math.fsum(pass_at_k(n, c, k) for n, c in counts) / prompts for k in powers}
-    return Score(prompts, refused, (fewest, most), pass_at)
+    return Score(prompts, refused, (fewest, most), pass_at, unanswered)
 
 
 def plot_pass_at_k(score: Score, path: Path, title: str) -> None:
@@ -100,13 +109,13 @@ def plot_pass_at_k(score: Score, path: Path, title: str) -> None:
 def _parse(line: bytes) -> dict[str, Any]:
     """The JSON object on a line, after a check of the fields that scoring reads."""
     record = parse_record(line)
-    if "error" in record:
+    if "error" in record or record.get("answer") is None:
         return record
     fields = {
         "id": (str | int, "a string or a whole number"),
         "sample": (int, "a whole number"),
         "content": (str, "a string"),
-        "answer": (str, "a string, the right answer,"),
+        "answer": (str, "a string"),
     }
     for name, (kind, expected) in fields.items():
         if name not in record:

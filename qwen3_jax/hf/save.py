@@ -145,6 +145,7 @@ def _write_files(
         file = SINGLE_FILE if len(counts) == 1 else f"model-{number:05d}-of-{len(counts):05d}.safetensors"
         held = dict(itertools.islice(tensors, count))
         save_file(held, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(0o644)  # safetensors makes files that nobody else can read
         placed |= dict.fromkeys(held, file)
         del held  # free the memory before the next file's tensors are gathered
     if len(counts) > 1:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from qwen3_jax import hf
 from qwen3_jax.checkpoint import find_params, restore_params
-from qwen3_jax.config import ModelConfig
+from qwen3_jax.config import ModelConfig, refuse_other_than_directory
 from qwen3_jax.decode import Pool, Request, Result, ThinkingTokens, check_request, generate
 from qwen3_jax.decode.weights import decoding_weights, weight_shapes
 from qwen3_jax.text.answer import AnswerReader, AnswerStream
@@ -58,6 +58,7 @@ class Engine:
         Raises:
           ValueError: one line that says what the directory lacks.
         """
+        refuse_other_than_directory(directory, "model")
         tokenizer = load_tokenizer(directory)
         found = find_params(directory, announce)
         if found is None:
@@ -73,7 +74,7 @@ class Engine:
                 "tokens; use an embedding with a row for each of them"
             )
         tokens, form = ThinkingTokens.from_tokenizer(tokenizer), format_of(directory, chat_template)
-        if form.conclusion:
+        if form.conclusion and not form.refusal:  # a refusal says it again
             announce(form.conclusion)
         return cls(config, params, tokenizer, tokens, form)
 

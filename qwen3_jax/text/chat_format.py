@@ -163,7 +163,8 @@ def _first_difference(theirs: str, ours: str) -> str:
     if theirs == ours:
         return ""
     at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours)))
-    return f"after {ours[max(0, at - 12) : at]!r} it writes {theirs[at : at + 24]!r} instead of {ours[at : at + 24]!r}"
+    place = f"after {ours[max(0, at - 12) : at]!r}" if at else "at the start"
+    return f"{place} it writes {theirs[at : at + 24]!r} instead of {ours[at : at + 24]!r}"
 
 
 class _Generation(Extension):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,9 @@ def read_prompt(
     record = {name: value for name, value in record.items() if value is not None}
     unknown = [name for name in record if name not in _FIELDS]
     if unknown:
-        raise ValueError(f"{unknown[0]}: unknown field; use one of {', '.join(_FIELDS)}")
+        near = difflib.get_close_matches(unknown[0], _FIELDS, n=1)
+        meant = f"did you mean {near[0]}?" if near else f"use one of {', '.join(_FIELDS)}"
+        raise ValueError(f"{unknown[0]}: unknown field; {meant}")
     given = [name for name in _PROMPTS if name in record]
     if len(given) != 1:
         raise ValueError(f"{', '.join(given or _PROMPTS)}: use exactly one of {', '.join(_PROMPTS)}")

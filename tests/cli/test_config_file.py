@@ -89,7 +89,18 @@ def test_a_source_is_changed_by_its_name_and_one_path_is_a_list_of_one(tmp_path:
 @pytest.mark.parametrize(
     ("changes", "overrides", "message"),
     [
-        ({}, ["--data.sources.c.paths", "x"], "sources.c: no such name; use one of a, b"),
+        ({}, ["--data.sources.c.paths", "x"], "data.sources.c: no such name; use one of a, b"),
+        ({}, ["--data.batch_size", "0"], "--data.batch_size: 0; use a number >= 1"),
+        ({}, ["--data.sources.a.weight", "0"], "--data.sources.a.weight: 0.0; use a number > 0"),
+        ({}, ["--optimizer.learning_rate", "fast"], "--optimizer.learning_rate: 'fast'; use a value of type float"),
+        ({"mesh": {"fsdp": 0}}, [], "run.yaml: mesh.fsdp: 0; use a number >= 1"),
+        ({}, ["--model.head_dim", "3"], "--model.head_dim: 3 is odd"),
+        ({"model": None}, ["--init_from", "nowhere"], "--init_from: 'nowhere' does not exist; use a directory"),
+        (
+            {},
+            ["--data.sources.a.paths", "x", "y"],
+            "y: use --section.key value, and for several values",
+        ),
         ({}, ["--data.sources.a.path", "x"], "--data.sources.a.path: no such key; did you mean --data.sources.paths?"),
         ({}, ["--sed", "1"], "--sed: no such key; did you mean --seed?"),
         ({"model": None}, [], "run.yaml: model: missing; set it, or init_from, whose it then is"),

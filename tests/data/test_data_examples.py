@@ -248,7 +248,7 @@ def test_each_round_is_learnt_as_it_stood_when_it_was_written(
     with caplog.at_level(logging.WARNING):
         assert learnt("auto") == learnt("each") == LEARNT
     assert [record.message for record in caplog.records][:1] == [
-        f"{path}:1: thoughts in earlier rounds: 3 examples, one a round; 1 chats in rounds so far"
+        f"{path}:1: thoughts in earlier rounds, learnt as 3 examples (data.turns); 1 chats learnt in rounds so far"
     ]
     assert learnt("last") == LEARNT[-1:]
     (everything,) = learnt("all")

@@ -86,12 +86,12 @@ def test_k_doubles_up_to_the_least_number_of_samples(tmp_path: Path, least: int,
     [
         ("{", r"out\.jsonl:2: not valid JSON"),
         ("[1]", r"out\.jsonl:2: '\[1\]': not a JSON object"),
-        ({"sample": 0}, r"out\.jsonl:2: id: missing; use a string or a whole number"),
+        ({"sample": 0, "answer": "4"}, r"out\.jsonl:2: id: missing; use a string or a whole number"),
         ({**answer("a", 0, True), "id": None}, "2: id: None; use a string or a whole number"),
         ({**answer("a", 0, True), "sample": "0"}, "2: sample: '0'; use a whole number"),
         ({**answer("a", 0, True), "sample": True}, "2: sample: True; use a whole number"),
         ({**answer("a", 0, True), "content": None}, "2: content: None; use a string"),
-        ({**answer("a", 0, True), "answer": 4}, "2: answer: 4; use a string, the right answer"),
+        ({**answer("a", 0, True), "answer": 4}, "2: answer: 4; use a string"),
         (answer("x", 0, False), "2: sample: 0 of id 'x' again; use another number"),
     ],
 )
@@ -109,6 +109,18 @@ def test_bad_lines_are_refused_by_place_and_field(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_lines_without_the_right_answer_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of an input in which some lines have one."""
+    unanswered = {key: value for key, value in answer("b", 0, True).items() if key != "answer"}
+    path = write(
+        tmp_path / "out.jsonl", [answer("a", 0, True), unanswered, {**unanswered, "answer": None, "sample": 1}]
+    )
+    score = score_file(path)
+    assert (score.prompts, score.unanswered, score.accuracy) == (1, 2, 1.0)
+    main(["pass-at-k", str(path)])
+    assert "2 lines without the right answer (`answer`) passed over" in capsys.readouterr().out
+
+
 def test_bytes_that_are_no_text_are_refused_by_place(tmp_path: Path) -> None:
     (tmp_path / "out.jsonl").write_bytes(b'{"id": "\xff"}\n')
     with pytest.raises(ValueError, match=r"out\.jsonl:1: not valid JSON"):
@@ -119,7 +131,7 @@ def test_files_without_answers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file; use a JSONL file of answers"):
         score_file(tmp_path / "out.jsonl")
     for records in ([], [{"id": 1, "line": 1, "error": "x"}]):
-        with pytest.raises(ValueError, match="no answers; use at least one line that is not an error"):
+        with pytest.raises(ValueError, match=r"nothing to score, \d errors and 0 lines without an `answer`"):
             score_file(write(tmp_path / "out.jsonl", records))
 
 

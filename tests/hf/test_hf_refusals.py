@@ -76,7 +76,7 @@ def test_what_is_no_checkpoint_says_what_it_is(tmp_path: Path) -> None:
     (path / "config.json").rename(path / "adapter_config.json")
     assert "holds an adapter (LoRA), not a model; merge it into its base model first" in refused(path)
     for load in (hf.load_checkpoint, load_tokenizer):
-        with pytest.raises(ValueError, match=r"'Qwen/Qwen3-0\.6B' does not exist; if .* Hub.* --local-dir Qwen3-0\.6B"):
+        with pytest.raises(ValueError, match=r"'Qwen/Qwen3-0\.6B' does not exist; .* Hub.* --local-dir Qwen3-0\.6B"):
             load("Qwen/Qwen3-0.6B")
 
 

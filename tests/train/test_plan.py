@@ -247,7 +247,9 @@ def test_a_name_for_other_files_than_in_a_stage_before_is_not_tokenised(tmp_path
     (tmp_path / "o.yaml").write_text((PRETRAIN / "optimizer.yaml").read_text())
     first, s2, rest = text.partition("  s2:")
     (tmp_path / "plan.yaml").write_text(first + s2 + rest.replace("train.jsonl", "other.jsonl", 1))
-    args = argparse.Namespace(config=tmp_path / "plan.yaml", out=tmp_path / "ids", workers=1, documents_per_shard=9)
+    args = argparse.Namespace(
+        config=tmp_path / "plan.yaml", out=tmp_path / "ids", workers=1, documents_per_shard=9, overrides=[]
+    )
     with pytest.raises(ValueError, match=r"^stages\.s2\.data\.sources\.all: other paths, turns, chat_template or"):
         tokenize.run(args)
 

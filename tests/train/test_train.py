@@ -245,7 +245,7 @@ def test_train_py_runs_resumes_exactly_and_is_the_same_on_eight_devices(run_file
             ["--optimizer.learning_rte", "0.1"],
             "--optimizer.learning_rte: no such key; did you mean --optimizer.learning_rate?",
         ),
-        (["--steps", "many"], "`steps`: Couldn't parse 'many' into an int"),
+        (["--steps", "many"], "error: --steps: 'many'; use a value of type int"),
         (["--mesh.tensor", "3"], "mesh.fsdp: -1, but the other axes (3) do not divide 1 devices"),
         (["--accumulation", "3"], "accumulation: 3 does not divide data.batch_size (8); use a divisor"),
         (
