@@ -51,6 +51,21 @@ def test_there_and_back(config: ModelConfig, dtype: str, tmp_path: Path, capsys:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf", "orbax"]
 
 
+def test_another_dtype_is_asked_for(tmp_path: Path) -> None:
+    """Both ways; a file that others may read."""
+    source = tmp_path / "hf"
+    hf.save_checkpoint(source, DENSE, torch_params(DENSE, torch_model(DENSE)))
+    run(str(source), str(tmp_path / "orbax"), "--dtype", "bfloat16")
+    run(str(tmp_path / "orbax"), str(tmp_path / "back"), "--dtype", "float16")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(hf.load_checkpoint(tmp_path / "back", dtype=None)[1])} == {
+        "float16"
+    }
+    assert (tmp_path / "back" / "model.safetensors").stat().st_mode & 0o777 == 0o644
+    hf.save_checkpoint(tmp_path / "expected", DENSE, hf.load_checkpoint(source, dtype="bfloat16")[1], dtype="float16")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+
+
 def test_the_newest_step_of_a_training_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Saved from a mesh; 10 comes after 9, and 11 was cut short."""
     source, run_dir = tmp_path / "hf", tmp_path / "run"

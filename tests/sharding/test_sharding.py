@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Sequence
 
 import jax
@@ -23,6 +24,8 @@ from sharding import (
     named_shardings,
     num_parts,
     partition_spec,
+    processes,
+    skip_absent_tpu,
     split_over_replicas,
 )
 
@@ -203,3 +206,22 @@ def test_copies_are_split(spec: P, shape: tuple[int, ...], split: P) -> None:
     assert split_over_replicas(NamedSharding(mesh, spec), shape) == NamedSharding(mesh, split)
     alone = NamedSharding(make_mesh(MeshConfig(fsdp=8)), spec)
     assert split_over_replicas(alone, shape) == alone
+
+
+def test_no_tpu_is_looked_for_where_none_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where libtpu is installed for planning, it would print a page. Another accelerator, or JAX_PLATFORMS, decides."""
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(jax.config, "update", lambda name, value: asked.append((name, value)))
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(processes, "_has_tpu", lambda: True)
+    skip_absent_tpu()
+    monkeypatch.setattr(processes, "_has_tpu", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    skip_absent_tpu()
+    assert asked == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    skip_absent_tpu()
+    assert asked == [("jax_platforms", "cpu")]
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    skip_absent_tpu()
+    assert len(asked) == 1

@@ -236,7 +236,7 @@ def test_a_plan_is_not_a_run(plan: tuple[Path, str], command: list[str], capsys:
 
 def test_the_sources_of_all_stages_are_tokenised(plan: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(plan[0])
-    qwen3_jax(["tokenize", str(TOY), "ids", "--workers", "1"])
+    qwen3_jax(["tokenize", str(TOY), "ids", "--workers", "1", "--data.seed", "3"])  # keys as in train.py
     names = {source.name for stage in load_stages(TrainConfig, TOY).values() for source in stage.data.sources}
     assert {path.name for path in (plan[0] / "ids").iterdir()} == names
     assert all((plan[0] / "ids" / name / "manifest.json").is_file() for name in names)
