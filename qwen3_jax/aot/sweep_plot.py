@@ -36,5 +36,5 @@ def plot_sweep(path: Path, program: str, reports: Sequence[tuple[str, Report]]) 
             ylabel="tokens/s per chip, estimated",
             title=f"{program} on {topologies}",
         )
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])  # room above the best, whose star is large
         axes.legend(fontsize=7)
