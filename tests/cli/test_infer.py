@@ -14,6 +14,7 @@ import pytest
 
 from qwen3_jax.cli.infer import main
 from qwen3_jax.convert import convert
+from qwen3_jax.decode import pool
 from qwen3_jax.serve import Engine, shipped_model
 
 FILES = ("--input", "in.jsonl", "--output", "out.jsonl")
@@ -47,6 +48,15 @@ def test_the_reviews_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert out.startswith("<think>\n2 plus 3\n\nConsidering the limited time by the user")
     assert out.endswith("</think>\n\n5\n")
+
+
+def test_a_prompt_announces_what_is_compiled(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cold start would be silent for many seconds; what the process has compiled before is not announced."""
+    monkeypatch.setattr(pool, "_compiled", set())
+    said = [run(capsys, "--prompt", "What is 2 + 3? /think", "--thinking-budget", "4")[2] for _ in range(2)]
+    assert [text.count("compiled prefill 1 x 32 in ") for text in said] == [1, 0]
 
 
 def test_a_stream_prints_the_same_text(capsys: pytest.CaptureFixture[str]) -> None:
