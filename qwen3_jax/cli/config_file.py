@@ -37,11 +37,11 @@ def decode_config(cls: type[T], raw: dict[str, Any], overrides: Sequence[str], w
     Where `cls` has a `model`, it may be a name, a YAML file or a directory (see `load_model`); without one, it is that
     of `init_from`. The tokenizer of `data` and `eval_data` is that of `init_from` too, where none is given.
     """
-    changes = _parse_overrides(overrides)
+    changes, known = _parse_overrides(overrides), _fields(cls)
     for key in _flat(changes):
         # An element of a list is named by its name: data.sources.NAME.paths.
         plain = re.sub(r"\bsources\.[^.]+\.", "sources.", key)
-        if plain not in (known := list(_fields(cls))):
+        if plain not in known:
             raise ValueError(f"--{key}: no such key{did_you_mean(plain, known, '--')}")
     tree = raw
     try:
@@ -148,13 +148,13 @@ def _with_start(cls: typing.Any, tree: dict[str, Any]) -> dict[str, Any]:
     tree, start = _with_model(tree), tree.get("init_from")
     if "init_from" not in _fields(cls) or not isinstance(start, str):
         return tree
-    found = {}
-    if not isinstance(tree.get("model"), dict) or not {"hidden_size"} <= tree["model"].keys():
+    found, model = {}, tree.get("model") or {}
+    if isinstance(model, dict) and "hidden_size" not in model:  # none, or changes of some keys alone
         try:
             held = dataclasses.asdict(ModelConfig.from_hf(start))
         except ValueError as error:
             raise ValueError(f"init_from: {str(error).removeprefix('model: ')}") from None
-        found["model"] = _merged(held, tree.get("model") or {})
+        found["model"] = _merged(held, model)
     for name in ("data", "eval_data"):
         if isinstance(data := tree.get(name), dict):
             found[name] = {"tokenizer": start, **data}

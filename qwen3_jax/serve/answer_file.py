@@ -33,7 +33,7 @@ class AnswerFile:
         self.path = path
         # By `(id as JSON text, sample)` the line and the digest of the record that was answered.
         self._answered: dict[tuple[str, int], tuple[int, str]] = {}
-        self._errors: list[dict[str, Any]] = []
+        self._errors: set[str] = set()  # as JSON text: there may be as many as lines
         self._settings_path = path.with_name(path.name + ".run.json")
         self._file = self._open()
         try:
@@ -67,7 +67,8 @@ class AnswerFile:
 
     def write_errors(self, errors: Sequence[Mapping[str, Any]]) -> None:
         """Makes `errors` the file's only errors: those of lines that were mended since are removed."""
-        if any(error not in errors for error in self._errors):
+        wanted = {json.dumps(error) for error in errors}
+        if not self._errors <= wanted:
             partial = self.path.with_name(self.path.name + ".partial")
             with self.path.open("rb") as old, partial.open("wb") as new:
                 new.writelines(line for line in old if "error" not in json.loads(line))
@@ -75,9 +76,9 @@ class AnswerFile:
                 os.fsync(new.fileno())
             os.replace(partial, self.path)
             self._file.close()
-            self._file, self._errors = self._open(), []
+            self._file, self._errors = self._open(), set()
         for error in errors:
-            if error not in self._errors:
+            if json.dumps(error) not in self._errors:
                 self.write(error)
 
     def __enter__(self) -> AnswerFile:
@@ -119,7 +120,7 @@ class AnswerFile:
                 try:
                     record = json.loads(line)
                     if "error" in record:
-                        self._errors.append(record)
+                        self._errors.add(json.dumps(record))
                     else:
                         key = json.dumps(record["id"]), record["sample"]
                         self._answered[key] = record["line"], record["record"]

@@ -77,9 +77,10 @@ class ChatFormat:
         """
         if self.refusal:
             raise ValueError(self.refusal)
-        chat.validate_messages(messages)
-        if self.tools_refusal and (tools or any(_uses_tools(message) for message in messages)):
-            raise ValueError(self.tools_refusal)
+        if self.tools_refusal:
+            chat.validate_messages(messages)
+            if tools or any(_uses_tools(message) for message in messages):
+                raise ValueError(self.tools_refusal)
         return chat.render(messages, tokenizer, tools=tools, modes=self.modes, **options)
 
 

@@ -40,6 +40,8 @@ class Feed(Protocol):
 class FileFeed:
     """Packed documents; each process reads the rows that its devices hold.
 
+    survey: what the first documents show.
+
     Raises:
       ValueError: for files that do not fit, or a batch that does not divide over the mesh.
     """
@@ -52,6 +54,7 @@ class FileFeed:
         blocks = struct.sharding.addressable_devices_indices_map(struct.shape).values()
         rows = sorted({row for block in blocks if block for row in range(config.batch_size)[block[0]]})
         self._index = {row: index for index, row in enumerate(rows)}
+        self.survey = survey(config)
         self._loader = make_loader(config, rows)
 
     def next(self, params: Any) -> Batch:
@@ -71,7 +74,7 @@ class FileFeed:
             if file.is_file():
                 shutil.copyfile(file, directory / file.name)
         # A base model that learns conversations ends its turns from now on, and is read as a model that does.
-        found, ends = survey(self._config), directory / GENERATION_CONFIG
+        found, ends = self.survey, directory / GENERATION_CONFIG
         if (found.has_chats and found.form.is_base) or not ends.exists():
             im_end, end_of_text = load_tokenizer(self._config.tokenizer).eos_ids
             eos = [im_end, end_of_text] if found.has_chats else end_of_text

@@ -7,7 +7,6 @@ import dataclasses
 import jax.numpy as jnp
 from rich.console import Console
 
-from qwen3_jax.data import survey
 from qwen3_jax.model import Qwen3
 from qwen3_jax.text.tokenizer import load_tokenizer
 from qwen3_jax.train.config import TrainConfig
@@ -40,11 +39,17 @@ def pretrain(config: TrainConfig, stop: StopSignal, console: Console) -> str | N
                 f"model.vocab_size: {config.model.vocab_size}, but {name}.tokenizer {data.tokenizer!r} has {count} "
                 f"tokens; use at least {count}"
             )
-        for line in survey(data).lines if data is not None else ():
-            console.print(f"{name}.{line}" if line.startswith("sources.") else line, highlight=False, soft_wrap=True)
     objective = next_token(config)
-    feed = FileFeed(config.data, mesh, config.accumulation)
-    held_out = None
+    feed, held_out = FileFeed(config.data, mesh, config.accumulation), None
+    _announce(feed, "data", console)
     if config.eval_data is not None:
-        held_out = HeldOut(objective, FileFeed(config.eval_data, mesh), config.eval_batches)
+        held_out_feed = FileFeed(config.eval_data, mesh)
+        _announce(held_out_feed, "eval_data", console)
+        held_out = HeldOut(objective, held_out_feed, config.eval_batches)
     return train(config, objective, feed, mesh, stop, console, held_out)
+
+
+def _announce(feed: FileFeed, name: str, console: Console) -> None:
+    """What was concluded from the first documents."""
+    for line in feed.survey.lines:
+        console.print(f"{name}.{line}" if line.startswith("sources.") else line, highlight=False, soft_wrap=True)

@@ -16,6 +16,7 @@ from qwen3_jax.cli.infer import main as infer
 from qwen3_jax.cli.main import main as qwen3_jax
 from qwen3_jax.cli.train import main as train
 from qwen3_jax.config import ModelConfig
+from qwen3_jax.serve import shipped_model
 from qwen3_jax.train import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +118,7 @@ def test_a_source_is_changed_by_its_name_and_one_path_is_a_list_of_one(tmp_path:
         ({"model": "qwen3-9b"}, [], "model preset: 'qwen3-9b' is unknown; use one of qwen3-0.6b"),
         ({"model": "Qwen/Qwen3-0.6B"}, [], "model preset: 'Qwen/Qwen3-0.6B' is unknown"),
         ({"model": [1]}, [], "model"),
+        ({"model": [1]}, ["--init_from", str(shipped_model())], "model"),
     ],
 )
 def test_what_is_mistyped_is_told_what_was_meant(
