@@ -163,6 +163,7 @@ def test_each_command_says_its_version(main: Any, capsys: pytest.CaptureFixture[
             ["--prompt", "x", "--thinking-buget", "4"],
             "--thinking-buget: no such argument; did you mean --thinking-b",
         ),
+        (infer, ["--promt", "hi"], "--promt: no such argument; did you mean --prompt?"),
         (infer, [], "one of the arguments --prompt --input is required; infer.py --help"),
         (infer, ["--prompt", "x", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (

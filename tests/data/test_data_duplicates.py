@@ -83,13 +83,14 @@ def test_nothing_is_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_chats_of_an_evaluation_set_are_found_as_they_stand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both sides are read alike: without the roles' names, thoughts before contents, whatever the record's shape."""
+    """Both sides are read alike: without the roles' names, which no run of words may cross, whatever the shape."""
     words = [" ".join(f"w{i}n{j}" for j in range(7)) for i in range(60)]
     chats = [
         {
             "messages": [
                 {"role": "user", "content": words[3 * i]},
-                {"role": "assistant", "reasoning_content": words[3 * i + 1], "content": words[3 * i + 2]},
+                {"role": "assistant", "content": words[3 * i + 1]},
+                {"role": "user", "content": words[3 * i + 2]},
             ]
         }
         for i in range(20)

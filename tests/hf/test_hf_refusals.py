@@ -227,8 +227,9 @@ def test_index(tmp_path: Path) -> None:
     message = refused(directory)
     assert f"{EMBED} is not in {last}, where the index lists it" in message
     assert f"{EMBED} is in {first}, but not in the index" in message
-    index.write_text("{}")
-    assert "not an index of safetensors files" in refused(directory)
+    for wrong in ({}, {"weight_map": {EMBED: None}}, {"weight_map": [last]}):
+        index.write_text(json.dumps(wrong))
+        assert "not an index of safetensors files" in refused(directory)
     index.write_text(original)
     (directory / "model.safetensors").write_bytes(b"")
     assert "holds both model.safetensors and model.safetensors.index.json" in refused(directory)
