@@ -22,8 +22,6 @@ from qwen3_jax.data.lint import lint
 from qwen3_jax.data.source import DocumentSource
 from qwen3_jax.train import TrainConfig
 
-_SHOWN = 100
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the commands under `data`."""
@@ -111,10 +109,8 @@ def _lint(args: argparse.Namespace) -> None:
                 seen.add(reading)
                 with bar(console, source.name) as update:
                     found = lint(source, data, lambda done, total: update(completed=done, total=total, status=""))
-                for line in found.bad[:_SHOWN]:
+                for line in found.bad:
                     print(line)
-                if len(found.bad) > _SHOWN:
-                    print(f"and {len(found.bad) - _SHOWN:,} more")
                 bad += len(found.bad)
                 documents, tokens, loss_tokens = found.counts
                 step = data.batch_size * data.sequence_length

@@ -107,8 +107,8 @@ def format_of(directory: str | Path, choice: TemplateChoice = "own", *, teaches:
     generation, model = _read_json(directory / GENERATION_CONFIG), _read_json(directory / "config.json")
     ends = generation.get("eos_token_id", model.get("eos_token_id"))
     ends_at_text = ends in (_END_OF_TEXT, [_END_OF_TEXT])
-    speaks = "eos_token_id" in generation or not (directory / "tokenizer.json").is_file()
-    if ends_at_text or (template is None and not speaks):
+    needs_template = "eos_token_id" not in generation and (directory / "tokenizer.json").is_file()
+    if ends_at_text or (template is None and needs_template):
         reason = "ends at <|endoftext|> only" if ends_at_text else "has no chat template"
         if ends_at_text and template is not None:
             reason += f", although it has a chat template ({source.name})"
@@ -116,8 +116,10 @@ def format_of(directory: str | Path, choice: TemplateChoice = "own", *, teaches:
         modes = "hybrid" if template is None else _compare(template, source, "ours").modes
         if teaches or choice == "ours":
             return ChatFormat(modes, f"{taken}; conversations are written in Qwen3's {modes} format", is_base=True)
-        refusal = f"messages: {taken}, without a chat format; use the field text (--raw), or to write them in Qwen3's"
-        return ChatFormat(modes, taken, f"{refusal} {modes} format {_CHANGE}", is_base=True)
+        refusal = (
+            f"messages: {taken}, without a chat format; use the field text (--raw), or {_CHANGE} to write them in "
+        )
+        return ChatFormat(modes, taken, f"{refusal}Qwen3's {modes} format", is_base=True)
     return ChatFormat() if template is None else _compare(template, source, choice)
 
 
@@ -139,8 +141,8 @@ def _compare(template: str, source: Path, choice: TemplateChoice) -> ChatFormat:
     if choice == "ours":
         return ChatFormat(modes, f"{what}; the {modes} format is used")
     if plain:
-        return ChatFormat(modes, what, f"chat template: {what}; to write conversations in the {modes} format {_CHANGE}")
-    return ChatFormat(modes, what, None, f"tools: {what}; leave tools out, or to write them as Qwen3 does {_CHANGE}")
+        return ChatFormat(modes, what, f"chat template: {what}; {_CHANGE} to write conversations in the {modes} format")
+    return ChatFormat(modes, what, None, f"tools: {what}; leave tools out, or {_CHANGE} to write them as Qwen3 does")
 
 
 def _differences(

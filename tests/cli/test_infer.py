@@ -284,6 +284,15 @@ def test_a_plan_is_asked_for_one_of_its_stages(capsys: pytest.CaptureFixture[str
     assert (code, "'gs://bucket/run'; use a path on a disk" in err) == (2, True)
 
 
+def test_thinking_is_turned_off_by_the_name_of_the_field(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("--prompt", "What is 2 + 3?", "--json")
+    told = [run(capsys, *argv, *flags)[1] for flags in (("--enable-thinking", "false"), ("--no-thinking",))]
+    assert told[0] == told[1]
+    assert json.loads(told[0])["thinking_end"] == "off"
+    code, _, err = run(capsys, *argv, "--enable-thinking", "no")
+    assert (code, "enable_thinking: 'no'; use true or false" in err) == (2, True)
+
+
 def test_raw_text_is_continued(capsys: pytest.CaptureFixture[str], tmp_path: Path, engine: Engine) -> None:
     text = "<|im_start|>user\nWhat is 2 + 3? /think<|im_end|>\n<|im_start|>assistant\n"
     settings = ("--thinking-budget", "4", "--temperature", "0", "--max-new-tokens", "64", "--json")
