@@ -33,7 +33,7 @@ class _Worker:
 
     def call(self, module: str, function: str, arguments: tuple[Any, ...], seconds: float) -> Any:
         if module not in self._imported:
-            self._ask([module], _START_SECONDS)
+            self._ask([module, sys.path], _START_SECONDS)
             self._imported.add(module)
         return self._ask([module, function, arguments], seconds)
 
@@ -69,8 +69,8 @@ def call(module: str, function: str, *arguments: Any, seconds: float) -> Any:
     """A module's function in another process; arguments and result are JSON data. Its import does not count.
 
     Raises:
-      TimeoutError: it took longer. The process is dead, and the next call starts another.
-      ValueError: the function raised, or its process died; the message is that of its exception.
+      TimeoutError: it took longer, or its process died. The next call starts another.
+      ValueError: the function raised, or cannot be imported; the message is that of its exception.
     """
     global _worker
     with _lock:
@@ -81,9 +81,9 @@ def call(module: str, function: str, *arguments: Any, seconds: float) -> Any:
         except TimeoutError:
             _end()
             raise TimeoutError(f"no result in {seconds:g} s") from None
-        except OSError:
+        except OSError:  # of a pipe whose other end is gone
             _end()
-            raise ValueError("its process died") from None
+            raise TimeoutError("its process died") from None
 
 
 def _end() -> None:
@@ -103,8 +103,12 @@ def serve() -> None:
     for line in sys.stdin:
         module, *call = json.loads(line)
         try:
-            found = importlib.import_module(module)
-            answer = [True, getattr(found, call[0])(*call[1]) if call else None]
+            if len(call) == 1:
+                sys.path[:] = call[0]
+                importlib.import_module(module)
+                answer = "[true, null]"
+            else:
+                answer = json.dumps([True, getattr(sys.modules[module], call[0])(*call[1])], default=float)
         except Exception as error:
-            answer = [False, " ".join(f"{type(error).__name__}: {error}".split())[:200]]
-        print(json.dumps(answer), file=answers, flush=True)
+            answer = json.dumps([False, " ".join(f"{type(error).__name__}: {error}".split())[:200]])
+        print(answer, file=answers, flush=True)

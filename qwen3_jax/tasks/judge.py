@@ -12,25 +12,39 @@ A record has `verifier`, one of the names below or a function of yours as `modul
 | json | the answer is JSON, alone or in a code fence, and equals the reference if there is one | `answer`, optional |
 | mode | there is a thought if `enable_thinking` is true, and none if it is false | `enable_thinking` |
 | length | the answer has `min_words` to `max_words` words | either of the two, or both |
+| language | most of the answer is in the language (extra `verify`) | `language`, as "en" |
+| arithmetic | the answer is that of a problem of `qwen3-jax tiny-data`, which is solved | the question, or `answer` |
+| reasoning-gym | reasoning-gym scores it so, 0 to 1 (extra `verify`) | the question, `answer`, `metadata` |
+| code | the last code block, or else the answer, passes the tests; see `tasks.code_answer` | `tests`, Python |
 
 What an answer gives is what it boxes (`\boxed{...}`), else what follows its last "answer is", else its last candidate.
-A function of yours takes `(record, thought, answer)` and returns a score, `(score, reason)` or a `Verdict`.
+The question is `prompt`, or the last user's turn of `messages`. Code runs only where the environment variable
+QWEN3_JAX_RUN_CODE is 1, since it can do whatever the user can do.
+
+A function of yours takes `(record, thought, answer)`, JSON data, and returns a score or `(score, reason)`. It is called
+in a process of its own and has a minute for each answer.
 """
 
 from __future__ import annotations
 
-import importlib
+import functools
 import importlib.util
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from qwen3_jax.tasks import deadline
+from qwen3_jax.tasks import arithmetic, deadline
+from qwen3_jax.tasks.code_answer import run_tests
+from qwen3_jax.tasks.language import language_shares
 
 _SECONDS = 5.0  # for one answer to be parsed
+_OWN_SECONDS = 60.0  # for a function of the user's
+_CODE_SECONDS = 10.0
+_RUN_CODE = "QWEN3_JAX_RUN_CODE"
 
 
 class Verdict(NamedTuple):
@@ -46,14 +60,14 @@ Verifier = Callable[[Mapping[str, Any], str, str], Any]
 def judge(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
     """Judges a response by the verifier that the record names.
 
-    An answer that makes a verifier hang or fail scores 0 and says so: it costs one row, never a run.
+    An answer that makes a verifier hang scores 0 and says so: it costs one row, never a run.
 
     Raises:
-      ValueError: the record does not have what its verifier reads, or the verifier is unknown or gives no number.
+      ValueError: the record does not have what its verifier reads; the verifier is unknown, raises, or gives no number.
     """
     name = record.get("verifier", "exact")
     found = find_verifier(name)(record, thought, answer)
-    score, reason = found if isinstance(found, tuple) and len(found) == 2 else (found, "")
+    score, reason = found if isinstance(found, list | tuple) and len(found) == 2 else (found, "")
     if isinstance(score, bool | int):
         score = float(score)
     if not isinstance(score, float) or not math.isfinite(score):
@@ -65,20 +79,23 @@ def find_verifier(name: Any) -> Verifier:
     """The verifier of a name.
 
     Raises:
-      ValueError: it is unknown, or a `module:function` that cannot be imported.
+      ValueError: it is unknown. A `module:function` is imported when it is called.
     """
     if isinstance(name, str) and name in VERIFIERS:
         return VERIFIERS[name]
-    if not isinstance(name, str) or ":" not in name:
+    if not isinstance(name, str) or not all(name.partition(":")):
         raise ValueError(f"verifier: {name!r}; use one of {', '.join(VERIFIERS)}, or module:function")
+    return functools.partial(_own, name)
+
+
+def _own(name: str, record: Mapping[str, Any], thought: str, answer: str) -> Any:
     module, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"verifier: {name!r} cannot be imported ({error})") from None
-    if not callable(found):
-        raise ValueError(f"verifier: {name!r} is no function; use one that takes (record, thought, answer)")
-    return found
+        return deadline.call(module, function, record, thought, answer, seconds=_OWN_SECONDS)
+    except TimeoutError as error:
+        return Verdict(0.0, str(error))
+    except ValueError as error:
+        raise ValueError(f"verifier: {name!r} raised {error}; mend it, or use another") from None
 
 
 def _exact(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
@@ -133,7 +150,7 @@ def _regex(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
         raise ValueError(f"answer: {pattern!r:.60} is no pattern ({error})") from None
     try:
         matches = deadline.call(__name__, "_matches", pattern, answer.strip(), seconds=_SECONDS)
-    except (TimeoutError, ValueError) as error:
+    except TimeoutError as error:
         return Verdict(0.0, str(error))
     return _verdict(matches, answer, pattern)
 
@@ -174,6 +191,59 @@ def _length(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
     return Verdict(float(low <= count <= high), f"{count} words")
 
 
+def _language(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
+    wanted = record.get("language")
+    if not isinstance(wanted, str) or not re.fullmatch("[a-z]{2,3}", wanted):
+        raise ValueError(f"language: {wanted!r}; use its code, such as en")
+    found = next(iter(language_shares(answer)), "no language")
+    return _verdict(found == wanted, found, wanted)
+
+
+def _arithmetic(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
+    if record.get("answer") is not None:
+        return _exact(record, thought, answer)
+    return _exact({"answer": arithmetic.solve(_question(record)).answer}, thought, answer)
+
+
+def _gym(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
+    metadata = record.get("metadata")
+    if not isinstance(metadata, Mapping) or "source_dataset" not in metadata:
+        raise ValueError(f"metadata: {metadata!r:.60}; use that of reasoning-gym's problem")
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise ValueError("verifier: 'reasoning-gym' needs reasoning-gym; pip install -e '.[verify]'")
+    arguments = (metadata, _question(record), record.get("answer"), _given(answer).strip())
+    try:
+        score = deadline.call("qwen3_jax.tasks.gym", "score", *arguments, seconds=_SECONDS)
+    except (TimeoutError, ValueError) as error:
+        return Verdict(0.0, str(error))
+    return Verdict(score, f"{metadata['source_dataset']}")
+
+
+def _code(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
+    tests = record.get("tests")
+    if not isinstance(tests, str) or not tests.strip():
+        raise ValueError(f"tests: {tests!r:.60}; use Python that raises where the code is wrong")
+    if os.environ.get(_RUN_CODE) != "1":
+        raise ValueError(f"verifier: 'code' runs what a model wrote; set {_RUN_CODE}=1 where that may do no harm")
+    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", answer, re.DOTALL)
+    problem = run_tests(blocks[-1] if blocks else answer, tests, _CODE_SECONDS)
+    return Verdict(float(not problem), problem or "passed")
+
+
+def _question(record: Mapping[str, Any]) -> str:
+    """`prompt`, or what the last user's turn of `messages` says.
+
+    Raises:
+      ValueError: the record has neither.
+    """
+    if isinstance(record.get("prompt"), str):
+        return record["prompt"]
+    for message in reversed(record.get("messages") or ()):
+        if message.get("role") == "user":
+            return message["content"]
+    raise ValueError("prompt: missing; use the question, or messages with a user's turn")
+
+
 def _is_count(value: Any) -> bool:
     return value == math.inf or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
 
@@ -187,6 +257,10 @@ VERIFIERS: dict[str, Verifier] = {
     "json": _json,
     "mode": _mode,
     "length": _length,
+    "language": _language,
+    "arithmetic": _arithmetic,
+    "reasoning-gym": _gym,
+    "code": _code,
 }
 
 

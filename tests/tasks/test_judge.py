@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import random
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import pytest
 
 from qwen3_jax.tasks import Verdict, deadline, judge
 from qwen3_jax.tasks import judge as judge_function
+from qwen3_jax.tasks.arithmetic import held_out_chains, solve
+from qwen3_jax.tasks.gym import problems
+from qwen3_jax.tasks.language import language_shares
 
 
 def score(verifier: str, answer: Any, said: str, thought: str = "", **fields: Any) -> float:
@@ -102,7 +106,7 @@ def test_what_hangs_costs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_process_that_dies_costs_one_call() -> None:
-    with pytest.raises(ValueError, match=r"^its process died$"):
+    with pytest.raises(TimeoutError, match=r"^its process died$"):
         deadline.call("os", "_exit", 3, seconds=5)
     with pytest.raises(ValueError, match=r"^ZeroDivisionError: "):
         deadline.call("operator", "truediv", 1, 0, seconds=5)
@@ -124,20 +128,147 @@ def test_the_process_ends_with_ours(tmp_path: Path) -> None:
     assert not Path(f"/proc/{line}").exists()
 
 
-def half(record: Mapping[str, Any], thought: str, answer: str) -> tuple[float, str]:
+OWN = """
+import os, time
+
+def half(record, thought, answer):
     return 0.5, f"{record['answer']} {thought} {answer}"
 
+def give(record, thought, answer):
+    return record["gives"]
 
-def test_a_function_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = f"{__name__}:half"
-    assert judge({"verifier": mine, "answer": "a"}, "b", "c") == Verdict(0.5, "a b c")
+def dies(record, thought, answer):
+    os._exit(1)
+
+def hangs(record, thought, answer):
+    time.sleep(60)
+
+def raises(record, thought, answer):
+    return 1 / 0
+
+number = 3
+"""
+
+
+def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: one that dies or hangs costs its row; one that raises is a fault to be mended."""
+    (tmp_path / "own_verifier.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys.modules[judge_function.__module__], "_OWN_SECONDS", 0.5)
+    assert judge({"verifier": "own_verifier:half", "answer": "a"}, "b", "c") == Verdict(0.5, "a b c")
     for value, verdict in ((True, Verdict(1.0, "")), (0.25, Verdict(0.25, "")), (-2, Verdict(-2.0, ""))):
-        monkeypatch.setattr(sys.modules[__name__], "half", lambda *_, value=value: value)
-        assert judge({"verifier": mine}, "", "") == verdict
+        assert judge({"verifier": "own_verifier:give", "gives": value}, "", "") == verdict
     for value in (None, "1", float("nan"), (1, 2, 3)):
-        monkeypatch.setattr(sys.modules[__name__], "half", lambda *_, value=value: value)
-        with pytest.raises(ValueError, match=r"^verifier: '.*:half' gave .*; use a finite number"):
-            judge({"verifier": mine}, "", "")
+        with pytest.raises(ValueError, match=r"^verifier: '.*:give' gave .*; use a finite number"):
+            judge({"verifier": "own_verifier:give", "gives": value}, "", "")
+    assert judge({"verifier": "own_verifier:dies"}, "", "") == Verdict(0.0, "its process died")
+    assert judge({"verifier": "own_verifier:hangs"}, "", "") == Verdict(0.0, "no result in 0.5 s")
+    for name, reason in (
+        ("own_verifier:raises", "ZeroDivisionError: division by zero"),
+        ("own_verifier:missing", "AttributeError: "),
+        ("own_verifier:number", "TypeError: "),
+        ("no_such:f", "ModuleNotFoundError: "),
+    ):
+        with pytest.raises(ValueError, match=f"^verifier: '{name}' raised {reason}"):
+            judge({"verifier": name}, "", "")
+
+
+def hostile_answers(count: int) -> list[str]:
+    """Answers that no parser expects: pieces of LaTeX in any order, deep nesting, huge powers, odd characters."""
+    rng = random.Random(0)
+    pieces = [
+        *r"\frac { } \sqrt ^ _ $ \boxed ( ) \left \right 9 x \infty \sum , ; = < \{ \} % \ ".split(),
+        "\0",
+        "\u202e",
+    ]
+    made = ["".join(rng.choices(pieces, k=rng.randrange(1, 30))) for _ in range(count - 5)]
+    slow = [r"$9^{9^{9^{9}}}$", r"$\sqrt{" * 300 + "2" + "}" * 300 + "$", "$" + "(" * 2000 + "1" + ")" * 2000 + "$"]
+    return [*made, *slow, r"$10^{10^{10}}!$", "\\boxed{" * 500]
+
+
+def test_hostile_answers_cost_one_row_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 of them, with a right one after each fiftieth, which is still judged right."""
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(sys.modules[judge_function.__module__], "_SECONDS", 1.5)
+    late = 0
+    for number, said in enumerate(hostile_answers(1000)):
+        verdict = judge({"verifier": "math", "answer": "1/2"}, "", said)
+        assert verdict.score == 0.0, said
+        late += verdict.reason.startswith("no result in")
+        if number % 50 == 0:
+            assert score("math", "1/2", "$0.5$") == 1.0
+    assert late >= 1  # some of them do hang math-verify
+
+
+def test_a_problem_of_ours_is_solved() -> None:
+    question = "Start with 4 and keep the last digit: +2 *9 +7 _ _ _ _ _ _ _"
+    asked = {"verifier": "arithmetic", "messages": [{"role": "user", "content": f"{question} /think"}]}
+    assert judge(asked, "", " 1\n") == Verdict(1.0, "right")
+    assert judge(asked, "", "2").score == 0.0
+    assert judge({"verifier": "arithmetic", "prompt": "How much is 2 plus 3?"}, "", "5").score == 1.0
+    assert judge({"verifier": "arithmetic", "answer": "7"}, "", "7").score == 1.0
+    for problem in held_out_chains(40, seed=3):
+        assert solve(problem.question) == problem
+
+
+def test_the_language_of_an_answer() -> None:
+    pytest.importorskip("py3langid")
+    english = "The answer is seven because we add both numbers. Then we are done with it."
+    german = "Die Antwort ist sieben, weil wir die beiden Zahlen addieren."
+    assert score("language", None, english, language="en") == 1.0
+    assert score("language", None, german, language="en") == 0.0
+    assert score("language", None, "42", language="en") == 0.0  # of no language
+    code = "```\nfor i in range(3): print(i)\n```"
+    assert list(language_shares(f"{english} {code} $x$")) == ["en"]
+    mixed = language_shares(f"{english} {german} \u7136\u540e\u6211\u4eec\u628a\u4e24\u4e2a\u6570\u76f8\u52a0\u3002")
+    assert set(mixed) == {"en", "de", "zh"}
+    assert sum(mixed.values()) == pytest.approx(1)
+
+
+def test_problems_of_reasoning_gym() -> None:
+    pytest.importorskip("reasoning_gym")
+    first, second = problems("chain_sum", 2, seed=1, settings={"max_terms": 3})
+    assert first["id"] == "chain_sum-1-0"
+    assert first["prompt"] != second["prompt"]
+    assert list(problems("chain_sum", 2, seed=1, settings={"max_terms": 3})) == [first, second]
+    plain = json.loads(json.dumps(first))  # as it is in a file
+    assert judge(plain, "", f"So the answer is {first['answer']}") == Verdict(1.0, "chain_sum")
+    assert judge(plain, "", "no idea").score < 0.1
+    for name, settings, message in (
+        ("chain_sums", {}, "problems: 'chain_sums'; use one of .*chain_sum"),
+        ("chain_sum", {"terms": 3}, "problems: chain_sum refuses its settings"),
+        ("chain_sum", {"max_terms": 0}, "problems: chain_sum refuses its settings"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            list(problems(name, 1, settings=settings))
+
+
+CODE = "```python\ndef double(n):\n    return {}\n```\nIt adds."
+
+
+def test_code_runs_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"verifier": "code", "tests": "assert double(3) == 6\nassert double(0) == 0"}
+    with pytest.raises(ValueError, match=r"^verifier: 'code' runs what a model wrote; set QWEN3_JAX_RUN_CODE=1"):
+        judge(asked, "", CODE.format("n + n"))
+    monkeypatch.setenv("QWEN3_JAX_RUN_CODE", "1")
+    monkeypatch.setattr(sys.modules[judge_function.__module__], "_CODE_SECONDS", 1.0)
+    assert judge(asked, "", CODE.format("n + n")) == Verdict(1.0, "passed")
+    assert judge(asked, "", "def double(n): return 2 * n") == Verdict(1.0, "passed")
+    for body, reason in (
+        ("n + 1", "AssertionError"),
+        ("m", "NameError: name 'm' is not defined"),
+        ("__import__('sys').exit(0)", "ended before its tests"),  # a program that ends itself has passed nothing
+        ("__import__('os')._exit(0)", "ended before its tests"),
+        ("print('x' * 64) or 0", "AssertionError"),
+        ("[0] * 10**10", "MemoryError"),
+        ("double(n)", "RecursionError: maximum recursion depth exceeded"),
+        ("(lambda: [None for _ in iter(int, 1)])()", "no result in 1 s"),
+        ("__import__('numpy')", "ModuleNotFoundError: No module named 'numpy'"),
+        ("__import__('subprocess').Popen(['sleep', '60']) and __import__('os')._exit(0)", "no result in 1 s"),
+        ("open('big', 'wb').write(bytes(2**26))", "OSError: [Errno 27] File too large"),
+    ):
+        verdict = judge(asked, "", CODE.format(body))
+        assert (verdict.score, verdict.reason[: len(reason)]) == (0.0, reason), body
 
 
 @pytest.mark.parametrize(
@@ -148,8 +279,12 @@ def test_a_function_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"answer": True}, "answer: True; use a text"),
         ({"answer": "x", "verifier": "maths"}, "verifier: 'maths'; use one of exact, choice, number, math"),
         ({"answer": "x", "verifier": 3}, "verifier: 3; use one of"),
-        ({"answer": "x", "verifier": "no_such:f"}, "verifier: 'no_such:f' cannot be imported"),
-        ({"answer": "x", "verifier": "math:pi"}, "verifier: 'math:pi' is no function"),
+        ({"answer": "x", "verifier": "no_such:"}, "verifier: 'no_such:'; use one of"),
+        ({"verifier": "language", "language": "English"}, "language: 'English'; use its code"),
+        ({"verifier": "arithmetic"}, "prompt: missing; use the question"),
+        ({"verifier": "arithmetic", "prompt": "Why?"}, "'Why[?]' is no problem of qwen3-jax tiny-data"),
+        ({"verifier": "reasoning-gym", "prompt": "1+1"}, "metadata: None; use that of reasoning-gym's problem"),
+        ({"verifier": "code"}, "tests: None; use Python that raises"),
         ({"answer": "x", "verifier": "number"}, "answer: 'x'; use a number"),
         ({"answer": "1", "verifier": "number", "tolerance": -1}, "tolerance: -1; use a number >= 0"),
         ({"answer": "BC", "verifier": "choice"}, "answer: 'BC'; use a letter"),
