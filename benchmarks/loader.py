@@ -22,8 +22,8 @@ from qwen3_jax.cli.config_file import load_config
 from qwen3_jax.data import DataConfig, make_loader
 from qwen3_jax.tasks.arithmetic import write_dataset
 from qwen3_jax.train import TrainConfig
-from qwen3_jax.train.pretrain import next_token
 from qwen3_jax.train.program import TrainProgram
+from qwen3_jax.train.supervised import make_objective
 from sharding import MeshConfig, make_mesh
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny" / "pretrain.yaml"
@@ -47,7 +47,7 @@ def reading(data: DataConfig) -> Callable[[], float]:
 
 def training(config: TrainConfig, mesh: Mesh) -> Callable[[], float]:
     """Tokens per second of the next steps, all of them on one batch."""
-    program = TrainProgram(config, next_token(config), mesh)
+    program = TrainProgram(config, make_objective(config), mesh)
     batch = jax.device_put(next(make_loader(config.data)))
     state = program.first_state(program.init(jax.random.key(0)))
 

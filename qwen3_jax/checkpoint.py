@@ -23,6 +23,7 @@ from typing import Any
 
 import fsspec
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -222,6 +223,26 @@ def restore_params(path: epath.Path, params: Any) -> Any:
     """The weights that `find_params` found, with the shapes, dtypes and shardings of the abstract arrays `params`."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, params)
+
+
+def weights_digest(params: Any) -> str:
+    """16 hexadecimal digits that depend on every weight and on its dtype, and not on how weights are sharded."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    sums = jax.device_get([_mixed_sum(leaf) for _, leaf in leaves])
+    names = (f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}" for path, leaf in leaves)
+    held = json.dumps([[name, int(value)] for name, value in zip(names, sums, strict=True)])
+    return hashlib.sha256(held.encode()).hexdigest()[:16]
+
+
+@jax.jit
+def _mixed_sum(x: jax.Array) -> jax.Array:
+    """The sum of a hash of each element's bits and place, uint32; integers add up alike in every order."""
+    bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
+    for dim, odd in enumerate((0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)[: x.ndim]):
+        bits ^= jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * jnp.uint32(odd)
+        bits = (bits ^ (bits >> 15)) * jnp.uint32(0x2C1B3C6D)  # so that two dims' places cannot cancel out
+    bits = (bits ^ (bits >> 12)) * jnp.uint32(0x297A2D39)
+    return (bits ^ (bits >> 15)).sum(dtype=jnp.uint32)
 
 
 def absolute(directory: str | Path | epath.Path) -> epath.Path:

@@ -23,9 +23,10 @@ from qwen3_jax.config import ModelConfig
 from qwen3_jax.decode.programs import StepShapes, lower_prefill, lower_step, step_shapes
 from qwen3_jax.decode.schedule import STEPS, max_prefill_rows
 from qwen3_jax.train.config import TrainConfig
+from qwen3_jax.train.distill import Distill
 from qwen3_jax.train.flops import train_flops_per_token
-from qwen3_jax.train.pretrain import next_token
 from qwen3_jax.train.program import TrainProgram
+from qwen3_jax.train.supervised import make_objective
 from sharding import MeshConfig, make_mesh, num_parts
 
 
@@ -124,17 +125,20 @@ def train_step(config: TrainConfig) -> Work:
       ValueError: as `topology_mesh`, or sizes that do not divide by the mesh.
     """
     mesh, data = topology_mesh(config.mesh), config.data
-    program = TrainProgram(config, next_token(config), mesh)
-    state = program.state.train
+    objective = make_objective(config, markers=(0, 1))
+    program = TrainProgram(config, objective, mesh)
+    state, held = program.state.train, dict[str, float]()
+    if isinstance(objective, Distill):
+        held["teacher"] = shard_bytes([program.batch[name] for name in objective.teacher_arrays])
     micro = data.batch_size // config.accumulation
-    tokens = data.batch_size * data.sequence_length
+    what = "train step" if config.teacher is None else "distillation step"
     return Work(
-        what=f"train step, {data.batch_size:,} rows of {data.sequence_length:,} tokens, {micro:,} at a time",
+        what=f"{what}, {data.batch_size:,} rows of {data.sequence_length:,} tokens, {micro:,} at a time",
         mesh=mesh,
         lower=program.lower,
-        held={"parameters": shard_bytes(state.params), "optimizer": shard_bytes(state.optimizer)},
-        tokens=tokens,
-        flops=tokens * train_flops_per_token(config.model, data.sequence_length),
+        held={"parameters": shard_bytes(state.params), "optimizer": shard_bytes(state.optimizer)} | held,
+        tokens=objective.tokens,
+        flops=objective.flops,
     )
 
 

@@ -45,7 +45,7 @@ def decode_config(cls: type[T], raw: dict[str, Any], overrides: Sequence[str], w
             raise ValueError(f"--{key}: no such key{did_you_mean(plain, known, '--')}")
     tree = raw
     try:
-        tree = _with_start(cls, _merged(_with_model(raw), changes))
+        tree = _with_start(cls, _merged(_with_model(cls, raw), changes))
         return draccus.decode(cls, _checked(cls, tree))
     except (draccus.utils.DraccusException, yaml.YAMLError, TypeError, ValueError) as error:
         line = _one_line(error, _places(cls, tree))
@@ -61,23 +61,57 @@ def load_model(model: str) -> ModelConfig:
     return ModelConfig.from_hf(model) if (epath.Path(model) / "config.json").exists() else ModelConfig.preset(model)
 
 
-def load_stages(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> dict[str, T]:
+def load_stages(
+    cls: type[T], path: str | Path, overrides: Sequence[str] = (), others: typing.Mapping[str, type] | None = None
+) -> dict[str, T]:
     """A `cls` for each stage of a run file, in order; empty if the file has no key `stages`.
 
     `stages` maps names to changes of the file's other keys. Nested mappings are merged key by key; other values are
     replaced. The override `--section.key value` changes every stage, `--stage.section.key value` one stage.
 
+    The text `stage:NAME` stands for what an earlier stage leaves: its directory, or the file of its records.
+
+    Args:
+      others: classes of stages that are no `cls`, by the only key that such a stage has.
+
     Raises:
       ValueError: one line with stage, key, value, and what to use instead.
     """
-    common = _read(path)
+    common, others = _read(path), others or {}
     stages = common.pop("stages", {})
     if not isinstance(stages, dict) or not all(isinstance(changes, dict) for changes in stages.values()):
         raise ValueError(f"{path}: stages: {stages!r}; use a mapping from names to mappings of changed keys")
-    return {
-        name: decode_config(cls, _merged(common, changes), _of_stage(overrides, name, stages), f"{path}: stages.{name}")
-        for name, changes in stages.items()
-    }
+    loaded, left = {}, dict[str, str]()
+    for name, changes in stages.items():
+        where, words = f"{path}: stages.{name}", _of_stage(overrides, name, stages)
+        kind = next((key for key in changes if key in others), None)
+        if kind is not None and len(changes) > 1:
+            raise ValueError(f"{where}: {', '.join(changes)}; use {kind} alone in a stage of its own")
+        output_dir = _merged(common, _parse_overrides(_of_stage(overrides, "", stages))).get("output_dir", "")
+        directory = f"{output_dir}/{name}"
+        if kind is None:
+            loaded[name] = decode_config(cls, _linked(_merged(common, changes), left, where), words, where)
+            left[name] = directory
+        else:
+            raw = {**_linked(changes[kind], left, where), "output_dir": directory}
+            own = _of_stage([word.replace(f"--{name}.{kind}.", f"--{name}.") for word in overrides], name, stages, True)
+            loaded[name] = decode_config(others[kind], raw, own, where)
+            left[name] = f"{directory}/records.jsonl"
+    return loaded
+
+
+def _linked(tree: Any, left: typing.Mapping[str, str], where: str) -> Any:
+    """`tree` with what earlier stages leave in place of `stage:NAME`."""
+    if isinstance(tree, dict):
+        return {key: _linked(value, left, where) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_linked(value, left, where) for value in tree]
+    if isinstance(tree, str) and tree.startswith("stage:"):
+        name = tree.removeprefix("stage:")
+        if name not in left:
+            raise ValueError(f"{where}: {tree!r} is no earlier stage; use one of {', '.join(left) or 'none, a path'}")
+        return left[name]
+    return tree
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -107,14 +141,15 @@ def _parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     return draccus.utils.deflatten(flat, sep=".")
 
 
-def _of_stage(words: Sequence[str], name: str, stages: Collection[str]) -> list[str]:
-    """The overrides of stage `name`: those without a stage, and those that begin with its name, which is removed."""
+def _of_stage(words: Sequence[str], name: str, stages: Collection[str], own: bool = False) -> list[str]:
+    """The overrides of stage `name`: those without a stage, unless only its own are wanted, and those that begin with
+    its name, which is removed."""
     selected: list[str] = []
     ours = True
     for word in words:
         if word.startswith("--"):
             owner, _, key = word[2:].partition(".")
-            ours = owner not in stages or owner == name
+            ours = owner == name or (owner not in stages and not own)
             word = f"--{key}" if owner in stages else word
         selected += [word] if ours else []
     return selected
@@ -137,15 +172,20 @@ def _merged(tree: dict[str, Any], changes: dict[str, Any], prefix: str = "") -> 
     return merged
 
 
-def _with_model(tree: dict[str, Any]) -> dict[str, Any]:
-    """The model spelled out where it is a string, so that its keys can be changed."""
+def _with_model(cls: typing.Any, tree: dict[str, Any]) -> dict[str, Any]:
+    """The model's shape spelled out where it is a string, so that its keys can be changed."""
     model = tree.get("model")
-    return {**tree, "model": dataclasses.asdict(load_model(model))} if isinstance(model, str) else tree
+    if not isinstance(model, str) or _own_fields(cls)["model"][2] is not ModelConfig:
+        return tree
+    return {**tree, "model": dataclasses.asdict(load_model(model))}
 
 
-def _with_start(cls: typing.Any, tree: dict[str, Any]) -> dict[str, Any]:
-    """Model and tokenizer of `init_from` where none are given."""
-    tree, start = _with_model(tree), tree.get("init_from")
+def _with_start(cls: typing.Any, tree: dict[str, Any], section: str = "") -> dict[str, Any]:
+    """Model and tokenizer of `init_from` where none are given; in a section with an `init_from` of its own too."""
+    tree, start = _with_model(cls, tree), tree.get("init_from")
+    for name, (_, _, part) in _own_fields(cls).items():
+        if part is not None and "init_from" in _fields(part) and isinstance(tree.get(name), dict):
+            tree = {**tree, name: _with_start(part, tree[name], f"{name}.")}
     if "init_from" not in _fields(cls) or not isinstance(start, str):
         return tree
     found, model = {}, tree.get("model") or {}
@@ -153,7 +193,7 @@ def _with_start(cls: typing.Any, tree: dict[str, Any]) -> dict[str, Any]:
         try:
             held = dataclasses.asdict(ModelConfig.from_hf(start))
         except ValueError as error:
-            raise ValueError(f"init_from: {str(error).removeprefix('model: ')}") from None
+            raise ValueError(f"{section}init_from: {str(error).removeprefix('model: ')}") from None
         found["model"] = _merged(held, model)
     for name in ("data", "eval_data"):
         if isinstance(data := tree.get(name), dict):

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qwen3_jax.cli import convert, data, demo, pass_at_k, plan, suggest, tiny, tokenize
+from qwen3_jax.cli import (
+    convert,
+    data,
+    demo,
+    evaluate,
+    fuse,
+    pass_at_k,
+    plan,
+    problems,
+    select,
+    suggest,
+    tiny,
+    tokenize,
+)
 from qwen3_jax.cli.arguments import Parser, version
 from qwen3_jax.cli.errors import exits_cleanly
 from sharding import skip_absent_tpu
@@ -12,8 +25,12 @@ from sharding import skip_absent_tpu
 _COMMANDS = {
     "demo": (demo, "a worked example, and accuracy against the thinking budget, on the shipped model"),
     "convert": (convert, "convert a Hugging Face checkpoint to Orbax, or back"),
+    "evaluate": (evaluate, "what each stage of the recipe has taught a miniature"),
     "pass-at-k": (pass_at_k, "accuracy and pass@k of a file of answers"),
     "data": (data, "the data that a run has consumed; duplicates, and overlap with evaluation sets"),
+    "problems": (problems, "write problems of reasoning-gym, with their answers"),
+    "select": (select, "judge and filter answers into training records"),
+    "fuse": (fuse, "build the training data of thinking mode fusion"),
     "tokenize": (tokenize, "tokenise the documents of a run to ArrayRecord shards"),
     "plan": (plan, "memory and speed of a run on a slice of TPUs, by compiling for it; needs no TPU"),
     "suggest": (suggest, "learning rate and batch size by a published scaling law"),

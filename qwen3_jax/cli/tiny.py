@@ -11,7 +11,7 @@ from qwen3_jax.tasks.arithmetic import write_dataset
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `tiny-data`."""
-    parser.add_argument("directory", type=Path, help="where train.jsonl and tokenizer.model are written")
+    parser.add_argument("directory", type=Path, help="where tokenizer.model and the JSONL files are written")
     parser.add_argument("--records", type=int, default=150_000, help="training records (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the records (default: %(default)s)")
 

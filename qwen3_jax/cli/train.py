@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 from qwen3_jax.cli.arguments import Parser, version
 from qwen3_jax.cli.config_file import describe_keys, load_config, load_stages
 from qwen3_jax.cli.errors import exits_cleanly
-from qwen3_jax.train import StopSignal, TrainConfig, link_stages, pretrain, run_plan
+from qwen3_jax.cli.progress import bar, file_progress
+from qwen3_jax.curate.stages import (
+    FuseStage,
+    SampleConfig,
+    SelectConfig,
+    Stopped,
+    run_fuse,
+    run_select,
+    sample,
+)
+from qwen3_jax.train import StopSignal, TrainConfig, link_stages, run_plan, train_on_files
 from sharding import start_processes
+
+DATA_STAGES = {"sample": SampleConfig, "select": SelectConfig, "fuse": FuseStage}
 
 
 @exits_cleanly
@@ -29,12 +44,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=version())
     parser.add_argument("config", help="a YAML file of configs/, read into qwen3_jax.train.TrainConfig")
     args, overrides = parser.parse_known_args(argv)
-    stages = load_stages(TrainConfig, args.config, overrides)
+    stages = load_stages(TrainConfig, args.config, overrides, DATA_STAGES)
     config = None if stages else load_config(TrainConfig, args.config, overrides)
     start_processes()
     console = Console(quiet=jax.process_index() > 0)
     with StopSignal(lambda text: console.print(text, soft_wrap=True)) as stop:
         if config is None:
-            run_plan(link_stages(stages), pretrain, stop, console)
+            run_plan(link_stages(stages), _run, stop, console)
         else:
-            pretrain(config, stop, console)
+            _run(config, stop, console)
+
+
+def _run(stage: Any, stop: StopSignal, console: Console) -> str | None:
+    """One run, or one stage of a plan."""
+
+    def announce(what: Any) -> None:
+        console.print(what, highlight=False, soft_wrap=isinstance(what, str))
+
+    if isinstance(stage, TrainConfig):
+        return train_on_files(stage, stop, console)
+    if isinstance(stage, SampleConfig):
+        try:
+            with file_progress(console) as report:
+                sample(stage, stop.asked, report, announce)
+        except Stopped as signal:
+            console.print(f"stopped by {signal}; the same command goes on", highlight=False)
+            return str(signal)
+    elif jax.process_index() == 0:
+        make = run_select if isinstance(stage, SelectConfig) else run_fuse
+        with bar(console, Path(stage.output_dir).name) as update:
+            make(stage, lambda done, total: update(completed=done, total=total, status=""), announce)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"data of {stage.output_dir}")
+    return stop.asked()

@@ -84,7 +84,7 @@ class Checker:
         """The reason to drop the document, None if there is none. Overlap has priority over duplicates."""
         words = _words(text_of(document))
         document = _without_content(document)
-        found = next((self._evaluated[gram] for gram in _grams(words, self._ngram) if gram in self._evaluated), None)
+        found = self._overlap(words)
         if found is not None:
             return Finding(document, "overlap", found)
         first = self._seen.setdefault(_digest(words), document)
@@ -92,6 +92,14 @@ class Checker:
             return Finding(document, "exact", first)
         near = self._find_near(words, document)
         return None if near is None else Finding(document, "near", near)
+
+    def overlap(self, text: str) -> str | None:
+        """`near FILE:LINE`, the evaluation document that shares a run of `ngram` words with a text; None without."""
+        found = self._overlap(_words(text))
+        return None if found is None else f"near {found.location}"
+
+    def _overlap(self, words: Sequence[str]) -> Document | None:
+        return next((self._evaluated[gram] for gram in _grams(words, self._ngram) if gram in self._evaluated), None)
 
 
 def text_of(document: Document) -> str:

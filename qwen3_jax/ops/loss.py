@@ -65,35 +65,36 @@ token_logprobs.defvjp(_logprobs_forward, _logprobs_backward)
 @jax.custom_vjp
 def linear_cross_entropy(
     hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """`(cross-entropy, how often the target is the most probable token)`: two sums over all tokens of all devices, each
-    token times its weight, float32 [].
+) -> tuple[jax.Array, TokenScores]:
+    """`(cross-entropy, scores of the tokens)`; the first is a sum over all tokens of all devices, each token times its
+    weight, float32 [].
 
-    The sums of `token_logprobs`, for three products with the head in place of four: cotangents are known to be the
-    weights, so each chunk's gradient is taken while its logits are there. `weights_BT` has no gradient.
+    It is that of `token_logprobs`, for three products with the head in place of four: cotangents are known to be the
+    weights, so each chunk's gradient is taken while its logits are there. `weights_BT` and the scores have no gradient.
     """
-    return _weighted_sums(token_logprobs(hidden_BTD, head_VD, targets_BT), weights_BT)
+    scores = token_logprobs(hidden_BTD, head_VD, targets_BT)
+    return _cross_entropy(scores, weights_BT), scores
 
 
-def _cross_entropy_forward(*inputs: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+def _cross_entropy_forward(*inputs: jax.Array) -> tuple[tuple[jax.Array, TokenScores], tuple[jax.Array, jax.Array]]:
     hidden_BTD, head_VD, targets_BT, weights_BT = inputs
     scores, gradients = _on_mesh(hidden_BTD, head_VD, targets_BT, (-weights_BT, None))
-    return _weighted_sums(scores, weights_BT), gradients
+    return (_cross_entropy(scores, weights_BT), scores), gradients
 
 
 def _cross_entropy_backward(
-    gradients: tuple[jax.Array, jax.Array], of_sums: tuple[jax.Array, jax.Array]
+    gradients: tuple[jax.Array, jax.Array], of_results: tuple[jax.Array, TokenScores]
 ) -> tuple[jax.Array, jax.Array, None, None]:
-    of_hidden_BTD, of_head_VD = gradients
-    return (of_hidden_BTD * of_sums[0]).astype(of_hidden_BTD.dtype), of_head_VD * of_sums[0], None, None
+    (of_hidden_BTD, of_head_VD), of_sum = gradients, of_results[0]
+    return (of_hidden_BTD * of_sum).astype(of_hidden_BTD.dtype), of_head_VD * of_sum, None, None
 
 
 linear_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def _weighted_sums(scores: TokenScores, weights_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Sums over global arrays whose rows are sharded: these are the all-reduce over the devices' tokens.
-    return -(scores.logprob * weights_BT).sum(), (scores.is_best * weights_BT).sum()
+def _cross_entropy(scores: TokenScores, weights_BT: jax.Array) -> jax.Array:
+    # A sum over global arrays whose rows are sharded: this is the all-reduce over the devices' tokens.
+    return -(scores.logprob * weights_BT).sum()
 
 
 def _on_mesh(

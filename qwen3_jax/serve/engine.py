@@ -11,7 +11,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from qwen3_jax import hf
-from qwen3_jax.checkpoint import find_params, restore_params
+from qwen3_jax.checkpoint import find_params, restore_params, weights_digest
 from qwen3_jax.config import ModelConfig, refuse_other_than_directory
 from qwen3_jax.decode import Pool, Request, Result, ThinkingTokens, check_request, generate
 from qwen3_jax.decode.weights import decoding_weights, weight_shapes
@@ -82,6 +82,11 @@ class Engine:
     def reader(self) -> AnswerReader:
         """Turns results into text."""
         return AnswerReader(self.tokenizer, self.tokens)
+
+    @functools.cached_property
+    def weights_digest(self) -> str:
+        """Tells the weights from others, on any mesh; all processes of a mesh ask for it alike."""
+        return weights_digest(self.params)
 
     def prompt(self, record: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Prompt:
         """What a record asks for; see `read_prompt`. What only this model can refuse is refused by `limit`."""

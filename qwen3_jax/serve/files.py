@@ -19,7 +19,7 @@ from qwen3_jax.decode import Result
 from qwen3_jax.serve.answer_file import AnswerFile
 from qwen3_jax.serve.engine import Engine
 from qwen3_jax.serve.input_file import STDIN, open_lines, read_record
-from qwen3_jax.text.prompt import Prompt
+from qwen3_jax.text.prompt import CARRIED, Prompt
 from sharding import from_first_process, num_parts
 
 
@@ -94,11 +94,11 @@ class _Line:
 
 @dataclasses.dataclass(frozen=True)
 class _Sample:
-    """Which answer to which line; `answer` is the line's own, copied into the output."""
+    """Which answer to which line; what of the line's record is carried into the output."""
 
     line: _Line
     sample: int
-    answer: Any = dataclasses.field(compare=False)
+    carried: Mapping[str, Any] = dataclasses.field(compare=False)
 
 
 def decode_file(
@@ -127,7 +127,7 @@ def decode_file(
 
     Args:
       source: of any kind that `open_lines` reads.
-      settings: what the answers depend on besides the input file, see `AnswerFile`.
+      settings: what the answers depend on besides the input file and the weights, see `AnswerFile`.
       rows: places that decode together.
       samples: answers to each line, numbered from the line's `sample` on.
       logprobs: adds `logprobs` and `forced` to each answer.
@@ -152,9 +152,9 @@ def decode_file(
             announce(f"{first}; {len(errors)} of {len(errors) + len(lines)} lines cannot be answered")
         tally = Tally(prompts=len(lines), samples=len(lines) * samples, errors=len(errors))
         asked = [(line, sample) for line in lines for sample in range(samples)]
-        output = None
+        output, settings = None, {**settings, "weights": engine.weights_digest, "samples": samples}
         if writes:
-            output = stack.enter_context(AnswerFile(target, {**settings, "samples": samples}))
+            output = stack.enter_context(AnswerFile(target, settings))
             output.write_errors(errors)
         done = [output is not None and output.holds(line.key, sample, line.digest) for line, sample in asked]
         if part == (0, 1):
@@ -199,8 +199,7 @@ def _agree(source: Path, digest: str, done: list[bool]) -> list[bool]:
 def _record(engine: Engine, key: _Sample, prompt: Prompt, result: Result, logprobs: bool) -> dict[str, Any]:
     record = {"id": json.loads(key.line.key), "line": key.line.number, "sample": key.sample, "record": key.line.digest}
     record |= engine.reader.record(result, prompt)
-    if key.answer is not None:
-        record["answer"] = key.answer
+    record |= key.carried
     if logprobs:
         record["logprobs"] = [round(value, 6) for value in result.logprobs]
         record["forced"] = [int(value) for value in result.forced]
@@ -216,8 +215,9 @@ def _prompts(
         file.seek(line.offset)
         record = read_record(file.readline())
         prompt = engine.prompt(record, defaults)
+        carried = {name: record[name] for name in CARRIED if record.get(name) is not None}
         for _, sample in items:
-            yield _Sample(line, sample, record.get("answer")), prompt.with_sample(sample)
+            yield _Sample(line, sample, carried), prompt.with_sample(sample)
 
 
 def _index(

@@ -132,11 +132,58 @@ def conversation(problem: Problem, rng: random.Random) -> dict[str, Any]:
 
 
 def training_records(count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """`count` records: one in ten is a sum, the others are chains of 1 to MAX_OPERATIONS operations."""
+    """`count` conversations of training problems."""
+    rng = random.Random(seed)
+    return (conversation(_training_problem(rng), rng) for _ in range(count))
+
+
+def _training_problem(rng: random.Random) -> Problem:
+    """One in ten is a sum, the others are chains of 1 to MAX_OPERATIONS operations."""
+    length = rng.randint(1, MAX_OPERATIONS)
+    return sum_problem(rng) if rng.random() < 0.1 else chain(rng, length, held_out=False)
+
+
+def texts(count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """`count` records of plain text, to pretrain on: one to three problems with their answers, most of them with the
+    steps, which stand at several distances from the question. The label `worked` says whether all have steps."""
     rng = random.Random(seed)
     for _ in range(count):
-        length = rng.randint(1, MAX_OPERATIONS)
-        yield conversation(sum_problem(rng) if rng.random() < 0.1 else chain(rng, length, held_out=False), rng)
+        worked = [rng.random() < 0.8 for _ in range(rng.choice([1, 1, 2, 3]))]
+        parts = [_exercise(_training_problem(rng), with_steps, rng) for with_steps in worked]
+        yield {"text": "\n\n".join(parts), "labels": {"worked": "yes" if all(worked) else "no"}}
+
+
+def _exercise(problem: Problem, with_steps: bool, rng: random.Random) -> str:
+    """Question, steps if they are wanted, and answer, apart by lines or rules."""
+    rules = ["\n", "\n\n", *("\n" + "-" * length + "\n" for length in range(1, 9))]
+    steps = [rng.choice(rules), "".join(problem.steps)] if with_steps else []
+    return "".join([problem.question, *steps, rng.choice(rules[:2]), problem.answer])
+
+
+def post_training_records(count: int, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """What post-training begins with: `count` queries with their answers, for sampling; `count` conversations that
+    think, of other problems, as a larger model would have written them; and `count` without thoughts, of problems that
+    can be answered at once (sums, and up to three operations), those among the queries too."""
+    rng = random.Random(seed)
+    cold_start, asked = ([_training_problem(rng) for _ in range(count)] for _ in range(2))
+    direct = [problem for problem in asked if _is_short(problem)]
+    while len(direct) < count:
+        problem = _training_problem(rng)
+        direct += [problem] if _is_short(problem) else []
+    return {
+        "queries": [{"id": i, "prompt": problem.question, "answer": problem.answer} for i, problem in enumerate(asked)],
+        "cold_start": [_chat(problem, {"reasoning_content": "".join(problem.steps)}) for problem in cold_start],
+        "non_thinking": [_chat(problem, {}) for problem in direct],
+    }
+
+
+def _is_short(problem: Problem) -> bool:
+    return len(problem.steps) <= 3 or " equals" in problem.steps
+
+
+def _chat(problem: Problem, thought: dict[str, str]) -> dict[str, Any]:
+    turn = {"role": "assistant", **thought, "content": problem.answer}
+    return {"messages": [{"role": "user", "content": problem.question}, turn]}
 
 
 def held_out_chains(count: int, seed: int) -> list[Problem]:
@@ -146,16 +193,19 @@ def held_out_chains(count: int, seed: int) -> list[Problem]:
 
 
 def write_dataset(directory: Path, count: int, seed: int, vocab_size: int) -> None:
-    """Writes `count` training records as `train.jsonl`, and `tokenizer.model` made for them, to `directory`."""
+    """Writes `count` training records as `train.jsonl`, and `tokenizer.model` made for them, to `directory`; and for a
+    recipe in stages `count` records as `text.jsonl`, and one for each 30 of `post_training_records`."""
     directory.mkdir(parents=True, exist_ok=True)
     records = list(training_records(count, seed))
-    with (directory / "train.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    texts = [
+    files = {"train": records, "text": list(texts(count, seed + 1)), **post_training_records(count // 30, seed + 2)}
+    for name, found in files.items():
+        with (directory / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in found)
+    written = [
         message[key]
         for record in records[:5000]
         for message in record["messages"]
         for key in ("content", "reasoning_content")
         if message.get(key)
     ]
-    train_sentencepiece([*texts, STOP_TEXT], directory / "tokenizer.model", vocab_size, PIECES)
+    train_sentencepiece([*written, STOP_TEXT], directory / "tokenizer.model", vocab_size, PIECES)

@@ -88,6 +88,25 @@ def find_verifier(name: Any) -> Verifier:
     return functools.partial(_own, name)
 
 
+def contradicts(record: Mapping[str, Any], thought: str, answer: str) -> str:
+    """How the result of a thought differs from that of its answer; empty where they agree, or one cannot be told."""
+    verifier, said = record.get("verifier", "exact"), _given(answer)
+    if verifier == "choice":
+        letters = [re.findall(r"\b([A-Z])\b", _given(text)) for text in (thought, answer) if _is_said(text)]
+        first, second = (letters[0][:1], letters[1][:1]) if len(letters) == 2 else ([], [])
+        return (
+            f"{first[0]!r} in the thought, {second[0]!r} in the answer" if first and second and first != second else ""
+        )
+    if verifier == "math" and _is_said(thought):
+        verdict = _math({"answer": said}, "", f"${_given(thought)}$")
+        return "" if verdict.score else f"the thought's {verdict.reason}"
+    if verifier in ("number", "arithmetic", "exact"):
+        found, wanted = _last_number(_given(thought)), _last_number(said)
+        if found is not None and wanted is not None and found != wanted:
+            return f"{found} in the thought, {wanted} in the answer"
+    return ""
+
+
 def _own(name: str, record: Mapping[str, Any], thought: str, answer: str) -> Any:
     module, _, function = name.partition(":")
     try:

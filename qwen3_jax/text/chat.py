@@ -214,6 +214,28 @@ def flag_mode(messages: Sequence[Message]) -> bool | None:
     return None
 
 
+def without_flags(text: str) -> str:
+    """A system or user turn without its flags, see `flag_mode`, and without the white space before them."""
+    prose, parts, at = _prose(text), [], 0
+    if prose != text:  # code and results hold none; what is outside of them is not looked for
+        return text
+    for flag in _FLAG.finditer(text):
+        parts.append(text[at : flag.start()].rstrip())
+        at = flag.end()
+    return "".join([*parts, text[at:]])
+
+
+def thought_and_answer(message: Message) -> tuple[str, str]:
+    """Both parts of an assistant's turn, as `render` takes them: the thought apart, or inside the content."""
+    content, thought = message.get("content") or "", message.get("reasoning_content")
+    if thought is not None:
+        return thought, content
+    if "</think>" not in content:
+        return "", content
+    thought = content.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
+    return thought, content.split("</think>")[-1].lstrip("\n")
+
+
 def split_ids(ids: Sequence[int], *, think: int, end_think: int, in_think: bool = False) -> tuple[list[int], list[int]]:
     """Splits the ids of a turn into thought and answer, without the `<think>` and `</think>` markers.
 
@@ -282,13 +304,7 @@ def _is_query(message: Message) -> bool:
 
 
 def _assistant_turn(message: Message, *, after_query: bool, last: bool, thoughts: bool) -> str:
-    content = message.get("content") or ""
-    thought = message.get("reasoning_content") if thoughts else ""
-    if thought is None:
-        thought = ""
-        if "</think>" in content:
-            thought = content.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
-            content = content.split("</think>")[-1].lstrip("\n")
+    thought, content = thought_and_answer(message) if thoughts else ("", message.get("content") or "")
     turn = ASSISTANT_HEADER
     if thoughts and after_query and (last or thought):
         thought, answer = thought.strip("\n"), content.lstrip("\n")

@@ -20,7 +20,11 @@ NON_THINKING_SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p":
 _DEFAULT_ROOM = 1024  # most new tokens where nothing is said
 _ANSWER_ROOM = 512  # of these for the answer, where a budget takes more
 _PROMPTS = ("messages", "prompt", "text", "prompt_ids")
-_FIELDS = ("id", *_PROMPTS, "tools", "answer", "enable_thinking", "mode_by_query", "stop", *SETTINGS)
+# What a judge of the answers reads (see `qwen3_jax.tasks.judge`), and training on them; nothing here does.
+_FOR_JUDGES = ("answer", "verifier", "labels", "metadata", "tolerance", "min_words", "max_words", "language", "tests")
+# Fields that go into the answer's record as they are.
+CARRIED = ("messages", "prompt", "tools", "enable_thinking", *_FOR_JUDGES)
+_FIELDS = ("id", *_PROMPTS, "tools", "enable_thinking", "mode_by_query", "stop", *_FOR_JUDGES, *SETTINGS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,29 @@ class ComputeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """The model that a run is distilled from; see `qwen3_jax.ops.loss.token_divergences`.
+
+    init_from: its directory, of the kinds that a run's `init_from` may be.
+    model: its shape; default: that of init_from.
+    beta: 0 is KL(teacher || student), 1 is KL(student || teacher), between them a mixture. temperature: of both.
+    expert_dispatch: how its experts are computed; none drops a token.
+    """
+
+    model: ModelConfig
+    init_from: str
+    beta: float = 0.0
+    temperature: float = 1.0
+    expert_dispatch: ExpertDispatch = "ragged"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta: {self.beta!r}; use a number from 0 to 1")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature: {self.temperature!r}; use a number above 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One run.
 
@@ -34,6 +57,7 @@ class TrainConfig:
     steps: optimiser steps. accumulation: micro-batches of a step.
     init_from: the directory, on a disk, of a Hugging Face checkpoint; or another run's output_dir, whose newest
       verified checkpoint gives the weights; the optimiser and the data start anew. None: random weights.
+    teacher: distil it instead of learning the text's own tokens.
     checkpoint_every: steps between checkpoints; the last step is always saved. keep: how many of the newest stay.
     keep_every: checkpoints at multiples of this step stay for good.
     log_every: steps between lines of metrics. heat_map_every: steps between pictures of the experts' load.
@@ -54,6 +78,7 @@ class TrainConfig:
     accumulation: int = 1
     seed: int = 0
     init_from: str | None = None
+    teacher: TeacherConfig | None = None
     checkpoint_every: int = 1000
     keep: int = 3
     keep_every: int | None = None
@@ -85,5 +110,10 @@ class TrainConfig:
             raise ValueError(
                 f"data.sequence_length: {self.data.sequence_length}; use at most model.max_position_embeddings "
                 f"({self.model.max_position_embeddings})"
+            )
+        if self.teacher is not None and self.teacher.model.vocab_size != self.model.vocab_size:
+            raise ValueError(
+                f"teacher.model.vocab_size: {self.teacher.model.vocab_size}; use a teacher with the student's "
+                f"vocabulary ({self.model.vocab_size})"
             )
         make_schedule(self.optimizer, self.steps)

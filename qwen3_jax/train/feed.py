@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from qwen3_jax.data import DataConfig, make_loader, survey, write_catalogue
 from qwen3_jax.text.tokenizer import GENERATION_CONFIG, TOKENIZER_FILES, load_tokenizer
-from qwen3_jax.train.next_token import packed_arrays
+from qwen3_jax.train.next_token import Markers, packed_arrays
 from qwen3_jax.train.objective import Batch, batch_structs
 
 
@@ -56,6 +56,12 @@ class FileFeed:
         self._index = {row: index for index, row in enumerate(rows)}
         self.survey = survey(config)
         self._loader = make_loader(config, rows)
+
+    @property
+    def markers(self) -> Markers | None:
+        """Of thoughts, where there are conversations."""
+        tokenizer = load_tokenizer(self._config.tokenizer)
+        return (tokenizer.think, tokenizer.end_think) if self.survey.has_chats else None
 
     def next(self, params: Any) -> Batch:
         del params

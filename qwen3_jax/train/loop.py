@@ -86,7 +86,7 @@ def train(
                     with ledger.phase("step"):
                         jax.block_until_ready(state)
                     with ledger.phase("eval"):
-                        extra["eval_loss"] = held_out.loss(state.train.params)
+                        extra |= held_out.losses(state.train.params)
 
                 # Report this step too, if the run does not simply continue after it.
                 if extra or saves or failure or profiler.ends_with(step):

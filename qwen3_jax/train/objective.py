@@ -65,8 +65,8 @@ class Objective(Protocol):
         """
 
     def metrics(self, sums: Sums, totals: Sums) -> Metrics:
-        """Scalars, [L] and [L, E] (L layers, E experts) by name; `loss` is what the guard, the progress bar and an
-        evaluation read. Both arguments may be added up over several batches."""
+        """Scalars, [L] and [L, E] (L layers, E experts) by name. The guard and the progress bar read `loss`; an
+        evaluation reports it, and what else begins with `loss`. Both arguments may be added up over several batches."""
 
 
 def batch_structs(
@@ -90,6 +90,8 @@ def batch_structs(
         try:
             sharding = NamedSharding(mesh, partition_spec(array.axes, mesh, micro))
         except ValueError as error:
+            if "batch" not in array.axes:
+                raise ValueError(f"{name}: {error}") from None
             sizes = f"{array.shape[array.axes.index('batch')]} in {accumulation} micro-batches"
             raise ValueError(f"data.batch_size: {sizes}; {error}") from None
         structs[name] = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)

@@ -94,7 +94,8 @@ class Reporter:
         rate, mfu = tokens / seconds, self._objective.flops / seconds / self._peak
         status = f"loss {numbers['loss']:.4f}  {rate:,.0f} tokens/s  MFU {mfu:.1%}"
         if "eval_loss" in extra:
-            self._console.print(f"step {step:,}: eval_loss {extra['eval_loss']:.4f}", highlight=False, soft_wrap=True)
+            said = ", ".join(f"{name} {value:.4f}" for name, value in extra.items() if math.isfinite(value))
+            self._console.print(f"step {step:,}: {said}", highlight=False, soft_wrap=True)
         self._progress.update(self._task, completed=step, status=status)
         is_last, now = step == self._config.steps, time.perf_counter()
         if not self._console.is_terminal and (is_last or now - self._last_line >= _SECONDS_PER_LINE):
@@ -115,7 +116,9 @@ class Reporter:
     def _give_up(self, step: int, numbers: dict[str, Any], batch: Batch) -> str:
         """Why a run ends with this step, whose batch is saved. All processes call it alike."""
         name = f"bad_step_{step}.npz"
-        rows = multihost_utils.process_allgather(batch, tiled=True)
+        # Its rows: a teacher's weights, which come with them, are known.
+        arrays = {key: x for key, x in batch.items() if self._objective.arrays[key].axes[0] == "batch"}
+        rows = multihost_utils.process_allgather(arrays, tiled=True)
         if jax.process_index() == 0:
             np.savez(self._directory.files / name, **rows)
         return (

@@ -70,27 +70,39 @@ def start_state(
             with contextlib.suppress(ValueError):  # one without a tokenizer
                 if fingerprint(config.init_from) != fingerprint(config.data.tokenizer):
                     announce(f"init_from: {config.init_from} has another tokenizer than {config.data.tokenizer}")
-            params = _load(epath.Path(config.init_from), config.model, abstract.params, program.mesh, announce)
+            params = load_weights("", config.init_from, config.model, abstract.params, program.mesh, announce)
         else:
             params = program.init(jax.random.key(config.seed))
         return program.first_state(params), 0
 
 
-def _load(source: epath.Path, config: ModelConfig, params: Any, mesh: Mesh, announce: Callable[[str], None]) -> Any:
-    """The weights of a Hugging Face checkpoint, of one that `qwen3-jax convert` wrote, or of a run's newest."""
+def load_weights(
+    section: str, init_from: str, config: ModelConfig, params: Any, mesh: Mesh, announce: Callable[[str], None]
+) -> Any:
+    """The weights of a Hugging Face checkpoint, of one that `qwen3-jax convert` wrote, or of a run's newest.
+
+    Args:
+      section: of the configuration that has `init_from`, for messages; with a point at its end.
+      params: their shapes, one dtype, and shardings on `mesh`; layers are stacked.
+
+    Raises:
+      ValueError: naming `init_from`, for a checkpoint that is unfit.
+    """
+    source, field = epath.Path(init_from), f"{section}init_from"
     found_config = ModelConfig.from_hf(source)
     for name, theirs, ours in different_weights(found_config, config):
-        raise ValueError(f"init_from: {str(source)!r} has {name} {theirs!r}; model.{name}: {ours!r}")
+        raise ValueError(f"{field}: {init_from!r} has {name} {theirs!r}; {section}model.{name}: {ours!r}")
     for name in ("rope_theta", "rope_scaling", "max_position_embeddings"):
         if (theirs := getattr(found_config, name)) != (ours := getattr(config, name)):
-            announce(f"init_from: {source} has {name} {theirs!r}; this run uses {ours!r}")
+            announce(f"{field}: {source} has {name} {theirs!r}; this run uses {ours!r}")
     try:
         found = find_params(source, announce)
         if found is not None:
             return restore_params(found, params)
-        loaded = hf.load_checkpoint(source, dtype="float32", mesh=mesh, stacked=True)[1]
+        dtype = jax.tree.leaves(params)[0].dtype
+        loaded = hf.load_checkpoint(source, dtype=dtype, mesh=mesh, stacked=True)[1]
     except ValueError as error:
-        raise ValueError(f"init_from: {error}") from None
+        raise ValueError(f"{field}: {error}") from None
     announce(f"{source}: {config.num_params:,} weights read")
     return loaded
 

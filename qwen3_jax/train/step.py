@@ -154,13 +154,14 @@ class HeldOut:
             return objective.loss(params, batch, totals, None)[1], totals
 
         @jax.jit
-        def loss_of(parts: list[tuple[Sums, Sums]]) -> jax.Array:
-            return objective.metrics(*jax.tree.map(lambda *x: sum(x), *parts))["loss"]
+        def losses_of(parts: list[tuple[Sums, Sums]]) -> Metrics:
+            metrics = objective.metrics(*jax.tree.map(lambda *x: sum(x), *parts))
+            return {name: value for name, value in metrics.items() if name.startswith("loss")}
 
-        self._sums_of, self._loss_of = sums_of, loss_of
+        self._sums_of, self._losses_of = sums_of, losses_of
 
-    def loss(self, params: Any) -> float:
-        """The objective's loss, as if all batches were one."""
+    def losses(self, params: Any) -> dict[str, float]:
+        """The objective's loss and its parts, as if all batches were one: `eval_loss`, and `eval_` before each part."""
         self._feed.set_state(self._first)
         parts = [self._sums_of(params, self._feed.next(params)) for _ in range(self._batches)]
-        return float(self._loss_of(parts))
+        return {f"eval_{name}": float(value) for name, value in self._losses_of(parts).items()}

@@ -94,11 +94,12 @@ def test_loss_and_gradients(mesh: dict[str, int] | None, chunk_tokens: int, monk
     )
     loss, correct, of_hidden, of_head = written_out()
     with jax.set_mesh(make_mesh(MeshConfig(**(mesh or {"fsdp": 1})), jax.devices()[: 8 if mesh else 1])):
-        (value, accuracy), gradients = jax.jit(value_and_grad)(*inputs())
-        plain = jax.jit(linear_cross_entropy)(*inputs())
+        (value, scores), gradients = jax.jit(value_and_grad)(*inputs())
+        plain, plain_scores = jax.jit(linear_cross_entropy)(*inputs())
     assert 0.1 < correct / float(inputs()[3].sum()) < 0.9
-    chex.assert_trees_all_close((value / 3, accuracy / 3), (loss, correct), rtol=1e-5)
-    chex.assert_trees_all_close(plain, (loss, correct), rtol=1e-5)
+    chex.assert_trees_all_close((value / 3, plain), (loss, loss), rtol=1e-5)
+    for is_best in (scores.is_best / 3, plain_scores.is_best):
+        chex.assert_trees_all_close((is_best * inputs()[3]).sum(), correct, rtol=1e-5)
     for found, expected in zip(gradients, (of_hidden, of_head), strict=True):
         assert np.abs(found / 3 - expected).max() < 1e-5 * np.abs(expected).max()
 

@@ -14,11 +14,11 @@ import pytest
 
 import qwen3_jax
 from qwen3_jax.cli.config_file import load_config, load_stages
-from qwen3_jax.tasks.arithmetic import training_records
+from qwen3_jax.tasks.arithmetic import texts, training_records
 from qwen3_jax.train import TrainConfig
 from qwen3_jax.train.feed import FileFeed
-from qwen3_jax.train.pretrain import next_token
 from qwen3_jax.train.program import TrainProgram
+from qwen3_jax.train.supervised import make_objective
 from sharding import make_mesh
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -29,10 +29,10 @@ TOKENIZER = Path(qwen3_jax.__file__).parent / "assets" / "qwen3-tiny"  # one tha
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The records where the configurations look for them."""
     directory = tmp_path_factory.mktemp("golden")
-    lines = "".join(json.dumps(record) + "\n" for record in training_records(300, seed=0))
-    for name in ("tiny", "toy"):
+    for name, file, records in (("tiny", "train", training_records), ("toy", "text", texts)):
         (directory / "runs" / name / "data").mkdir(parents=True)
-        (directory / "runs" / name / "data" / "train.jsonl").write_text(lines)
+        lines = "".join(json.dumps(record) + "\n" for record in records(300, seed=0))
+        (directory / "runs" / name / "data" / f"{file}.jsonl").write_text(lines)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
         yield
@@ -41,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def losses(config: TrainConfig, params: Any = None) -> tuple[list[float], Any]:
     """Of the first four steps, from random weights or from these, on one device; and the weights after them."""
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    program = TrainProgram(config, next_token(config), mesh)
+    program = TrainProgram(config, make_objective(config), mesh)
     feed = FileFeed(config.data, mesh, config.accumulation)
     series = []
     with jax.set_mesh(mesh):
@@ -64,6 +64,7 @@ def test_tiny() -> None:
 def test_the_toy_stages() -> None:
     """Each goes on with the weights of the one before: with one layer, and a warm-up that the steps get to see."""
     words = ["--data.tokenizer", str(TOKENIZER), "--model.num_hidden_layers", "1", "--optimizer.warmup_steps", "1"]
+    words += ["--data.sequence_length", "64"]
     found, params = {}, None
     for name, config in load_stages(TrainConfig, CONFIGS / "pretrain" / "toy.yaml", words).items():
         found[name], params = losses(config, params)

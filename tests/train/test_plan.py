@@ -95,8 +95,8 @@ def test_an_option_is_for_all_stages_or_for_one() -> None:
     words = ["--seed", "7", "--s2.steps=30", "--s3.optimizer.warmup_steps", "2"]
     stages = load_stages(TrainConfig, TOY, words)
     assert [stage.seed for stage in stages.values()] == [7, 7, 7]
-    assert [stage.steps for stage in stages.values()] == [300, 30, 50]
-    assert [stage.optimizer.warmup_steps for stage in stages.values()] == [50, 10, 2]
+    assert [stage.steps for stage in stages.values()] == [1000, 30, 100]
+    assert [stage.optimizer.warmup_steps for stage in stages.values()] == [100, 10, 2]
     assert load_stages(TrainConfig, ROOT / "configs" / "tiny" / "pretrain.yaml") == {}
 
 
@@ -119,7 +119,8 @@ def test_bad_plans_are_refused_by_name(words: list[str], message: str) -> None:
 # The toy plan through train.py.
 
 SMALL = """--model.hidden_size 32 --model.num_hidden_layers 1 --compute.group_size 32 --optimizer.warmup_steps 2
-    --s1.steps 8 --s2.steps 60 --s3.steps 5 --checkpoint_every 6 --log_every 1""".split()
+    --s1.steps 8 --s2.steps 60 --s3.steps 5 --checkpoint_every 6 --log_every 1
+    --s1.data.sequence_length 64 --s2.data.sequence_length 64 --s3.data.sequence_length 128""".split()
 
 
 def start_plan(directory: Path, name: str, *overrides: str) -> Command:
@@ -151,7 +152,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_each_stage_is_trained_as_the_plan_says(plan: tuple[Path, str]) -> None:
     directory, _ = plan
-    for name, steps, length, theta in (("s1", 8, 64, 1e4), ("s2", 60, 64, 1e4), ("s3", 5, 128, 1e6)):
+    for name, steps, length, theta in (("s1", 8, 64, 1e2), ("s2", 60, 64, 1e2), ("s3", 5, 128, 1e3)):
         series = metrics_of(directory / "runs" / "whole" / name)
         assert [line["tokens"] for line in series] == [8 * length * step for step in range(1, steps + 1)]
         assert json.loads((directory / "runs" / "whole" / name / "config.json").read_text())["rope_theta"] == theta
@@ -246,7 +247,7 @@ def test_a_name_for_other_files_than_in_a_stage_before_is_not_tokenised(tmp_path
     text = TOY.read_text().replace("../model", str(ROOT / "configs" / "model")).replace("optimizer.yaml", "o.yaml")
     (tmp_path / "o.yaml").write_text((PRETRAIN / "optimizer.yaml").read_text())
     first, s2, rest = text.partition("  s2:")
-    (tmp_path / "plan.yaml").write_text(first + s2 + rest.replace("train.jsonl", "other.jsonl", 1))
+    (tmp_path / "plan.yaml").write_text(first + s2 + rest.replace("text.jsonl", "other.jsonl", 1))
     args = argparse.Namespace(
         config=tmp_path / "plan.yaml", out=tmp_path / "ids", workers=1, documents_per_shard=9, overrides=[]
     )
