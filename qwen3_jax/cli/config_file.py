@@ -18,6 +18,8 @@ from etils import epath
 
 from qwen3_jax.cli.arguments import did_you_mean
 from qwen3_jax.config import ModelConfig
+from qwen3_jax.curate.stages import KINDS, RECORDS
+from qwen3_jax.train import TrainConfig
 
 T = typing.TypeVar("T")
 
@@ -61,6 +63,19 @@ def load_model(model: str) -> ModelConfig:
     return ModelConfig.from_hf(model) if (epath.Path(model) / "config.json").exists() else ModelConfig.preset(model)
 
 
+def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The stages of a run file, see `load_stages`: a `TrainConfig` for those that train, and for those that make data
+    what `qwen3_jax.curate.stages.KINDS` says."""
+    return load_stages(TrainConfig, path, overrides, KINDS)
+
+
+def load_runs(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, TrainConfig]:
+    """What a run file trains: the stages that do by their names, or its one run by the name ""."""
+    stages = load_plan(path, overrides)
+    trained = {name: stage for name, stage in stages.items() if isinstance(stage, TrainConfig)}
+    return trained if stages else {"": load_config(TrainConfig, path, overrides)}
+
+
 def load_stages(
     cls: type[T], path: str | Path, overrides: Sequence[str] = (), others: typing.Mapping[str, type] | None = None
 ) -> dict[str, T]:
@@ -96,7 +111,7 @@ def load_stages(
             raw = {**_linked(changes[kind], left, where), "output_dir": directory}
             own = _of_stage([word.replace(f"--{name}.{kind}.", f"--{name}.") for word in overrides], name, stages, True)
             loaded[name] = decode_config(others[kind], raw, own, where)
-            left[name] = f"{directory}/records.jsonl"
+            left[name] = f"{directory}/{RECORDS}"
     return loaded
 
 

@@ -14,13 +14,13 @@ from rich.progress import Progress
 from rich.table import Column, Table
 
 from qwen3_jax.cli.arguments import one_run
-from qwen3_jax.cli.config_file import load_config, load_stages
+from qwen3_jax.cli.config_file import load_runs
 from qwen3_jax.cli.progress import bar
+from qwen3_jax.curate.stages import is_not_made_yet
 from qwen3_jax.data.catalogue import Consumption, consumption, plot_consumption
 from qwen3_jax.data.duplicates import NGRAM, THRESHOLD, Checker, Finding, write_without
 from qwen3_jax.data.lint import lint
 from qwen3_jax.data.source import DocumentSource
-from qwen3_jax.train import TrainConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,8 +98,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _lint(args: argparse.Namespace) -> None:
-    runs = load_stages(TrainConfig, args.config, args.overrides)
-    runs = runs or {"": load_config(TrainConfig, args.config, args.overrides)}
+    runs = load_runs(args.config, args.overrides)
     console, bad, seen = Console(highlight=False, stderr=True), 0, set()
     for config in runs.values():
         for data in filter(None, (config.data, config.eval_data)):
@@ -107,6 +106,9 @@ def _lint(args: argparse.Namespace) -> None:
                 if (reading := (source.paths, data.encoding, data.sequence_length)) in seen:
                     continue
                 seen.add(reading)
+                if made := is_not_made_yet(source.paths):
+                    print(f"{source.name}: {made} is made by a stage of the plan, and is not there yet")
+                    continue
                 with bar(console, source.name) as update:
                     found = lint(source, data, lambda done, total: update(completed=done, total=total, status=""))
                 for line in found.bad:

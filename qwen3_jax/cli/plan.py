@@ -17,7 +17,7 @@ from qwen3_jax.aot.report import Report, page
 from qwen3_jax.aot.sweep import Job, run_jobs
 from qwen3_jax.aot.sweep_plot import plot_sweep
 from qwen3_jax.chips import slice_name
-from qwen3_jax.cli.config_file import decode_config, load_config, load_model, load_stages
+from qwen3_jax.cli.config_file import decode_config, load_config, load_model, load_runs
 from qwen3_jax.cli.progress import planning_progress
 from qwen3_jax.train import TrainConfig
 from sharding import MeshConfig
@@ -127,13 +127,11 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
 def _train_config(args: argparse.Namespace, words: list[str]) -> TrainConfig:
     if args.topology is not None:
         words = [*words, "--mesh.topology", args.topology]
-    stages = load_stages(TrainConfig, args.config, words)
-    if not stages and args.stage is None:
-        return load_config(TrainConfig, args.config, words)
-    stage = args.stage or next(iter(stages))
-    if stage not in stages:
-        raise ValueError(f"--stage: {stage!r}; use {' or '.join(stages) or 'a plan of stages'}")
-    return stages[stage]
+    runs = load_runs(args.config, words)
+    stage = next(iter(runs)) if args.stage is None else args.stage
+    if stage not in runs:
+        raise ValueError(f"--stage: {stage!r}; use {' or '.join(filter(None, runs)) or 'a plan of stages'}")
+    return runs[stage]
 
 
 def _decode_config(args: argparse.Namespace, words: list[str]) -> DecodeConfig:

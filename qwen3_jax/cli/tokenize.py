@@ -8,11 +8,11 @@ import os
 from rich.console import Console
 
 from qwen3_jax.cli.arguments import on_disk
-from qwen3_jax.cli.config_file import load_config, load_stages
+from qwen3_jax.cli.config_file import load_runs
 from qwen3_jax.cli.progress import bar
+from qwen3_jax.curate.stages import is_not_made_yet
 from qwen3_jax.data import DataConfig, SourceConfig
 from qwen3_jax.data.tokenize import DOCUMENTS_PER_SHARD, tokenize_source
-from qwen3_jax.train import TrainConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,11 +29,13 @@ def run(args: argparse.Namespace) -> None:
     for name in ("workers", "documents_per_shard"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: {getattr(args, name)}; use a number >= 1")
-    runs = load_stages(TrainConfig, args.config, args.overrides)
-    runs = runs or {"": load_config(TrainConfig, args.config, args.overrides)}
+    runs = load_runs(args.config, args.overrides)
     sources: dict[str, tuple[SourceConfig, DataConfig]] = {}
     for stage, config in runs.items():
         for source in config.data.sources:
+            if made := is_not_made_yet(source.paths):
+                print(f"{source.name}: {made} is made by a stage of the plan, and is not there yet")
+                continue
             first, data = sources.setdefault(source.name, (source, config.data))
             if (first.paths, data.encoding) != (source.paths, config.data.encoding):
                 raise ValueError(

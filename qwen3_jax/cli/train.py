@@ -12,22 +12,12 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from qwen3_jax.cli.arguments import Parser, version
-from qwen3_jax.cli.config_file import describe_keys, load_config, load_stages
+from qwen3_jax.cli.config_file import describe_keys, load_config, load_plan
 from qwen3_jax.cli.errors import exits_cleanly
 from qwen3_jax.cli.progress import bar, file_progress
-from qwen3_jax.curate.stages import (
-    FuseStage,
-    SampleConfig,
-    SelectConfig,
-    Stopped,
-    run_fuse,
-    run_select,
-    sample,
-)
+from qwen3_jax.curate.stages import SampleConfig, SelectConfig, Stopped, run_fuse, run_select, sample
 from qwen3_jax.train import StopSignal, TrainConfig, link_stages, run_plan, train_on_files
 from sharding import start_processes
-
-DATA_STAGES = {"sample": SampleConfig, "select": SelectConfig, "fuse": FuseStage}
 
 
 @exits_cleanly
@@ -44,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=version())
     parser.add_argument("config", help="a YAML file of configs/, read into qwen3_jax.train.TrainConfig")
     args, overrides = parser.parse_known_args(argv)
-    stages = load_stages(TrainConfig, args.config, overrides, DATA_STAGES)
+    stages = load_plan(args.config, overrides)
     config = None if stages else load_config(TrainConfig, args.config, overrides)
     start_processes()
     console = Console(quiet=jax.process_index() > 0)

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,6 +78,10 @@ class FuseStage(FuseConfig):
     """Records of both modes are fused, as `qwen3-jax fuse` does. output_dir: of the stage."""
 
     output_dir: str = ""
+
+
+# By the key that such a stage has in a run file.
+KINDS = {"sample": SampleConfig, "select": SelectConfig, "fuse": FuseStage}
 
 
 class Stopped(Exception):
@@ -165,6 +169,11 @@ def _once(config: Any, files: list[str], announce: Announce) -> Any:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(made_of, encoding="utf-8")
     os.replace(partial, path)
+
+
+def is_not_made_yet(paths: Sequence[str]) -> str:
+    """Which of the files of a source a stage of a plan has still to make; empty if none."""
+    return next((path for path in paths if Path(path).name == RECORDS and not Path(path).exists()), "")
 
 
 def _directory(path: str) -> Path:

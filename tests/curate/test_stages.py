@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from processes import Command
 
-from qwen3_jax.cli.config_file import load_stages
+from qwen3_jax.cli.config_file import load_config, load_plan
 from qwen3_jax.cli.main import main as qwen3_jax
-from qwen3_jax.cli.train import DATA_STAGES
 from qwen3_jax.cli.train import main as train
+from qwen3_jax.curate.filters import FilterConfig
+from qwen3_jax.curate.fuse import FuseConfig
 from qwen3_jax.curate.stages import FuseStage, SampleConfig, SelectConfig
 from qwen3_jax.serve import shipped_model
 from qwen3_jax.tasks.arithmetic import write_dataset
@@ -131,7 +132,7 @@ def test_killed_twice_it_ends_with_the_same_files_and_numbers(whole: tuple[Path,
 
 
 def test_stages_are_read_into_what_runs_them() -> None:
-    stages = link_stages(load_stages(TrainConfig, TOY, [*SMALL, "--output_dir", "out"], DATA_STAGES))
+    stages = link_stages(load_plan(TOY, [*SMALL, "--output_dir", "out"]))
     kinds = {name: type(stage) for name, stage in stages.items()}
     assert kinds == {
         **{"cold_start": TrainConfig, "answers": SampleConfig, "thinking": SelectConfig},
@@ -143,6 +144,36 @@ def test_stages_are_read_into_what_runs_them() -> None:
     assert fused.thinking == ("out/thinking/records.jsonl",)
     assert fusion.data.sources[0].paths == ("out/fused/records.jsonl",)
     assert (cold_start.steps, answers.rows, fusion.steps) == (2, 2, 12)
+
+
+@pytest.mark.parametrize("size", ["qwen3-8b", "qwen3-30b-a3b"])
+def test_the_recipes_are_plans(size: str) -> None:
+    stages = link_stages(load_plan(TOY.with_name(f"{size}.yaml")))
+    cold_start, answers, thinking, fused, fusion = stages.values()
+    assert isinstance(cold_start, TrainConfig)
+    assert isinstance(fusion, TrainConfig)
+    assert cold_start.model == fusion.model
+    assert fusion.init_from == answers.model == cold_start.output_dir
+    assert fused.thinking == (f"{thinking.output_dir}/{RECORDS}",)
+
+
+def test_files_to_begin_with_are_read() -> None:
+    load_config(FilterConfig, TOY.with_name("filters.yaml"))
+    assert load_config(FuseConfig, TOY.with_name("fuse.yaml")).cut == 0.0
+    config = load_config(TrainConfig, TOY.with_name("distill-8b.yaml"), ["--teacher.model", "qwen3-235b-a22b"])
+    assert config.teacher is not None
+    assert config.teacher.model.num_experts == 128
+
+
+def test_problems_of_reasoning_gym_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("reasoning_gym")
+    out = tmp_path / "q.jsonl"
+    qwen3_jax(["problems", "chain_sum", str(out), "--count", "3", "--settings", '{"max_terms": 2}'])
+    assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == [f"chain_sum-0-{i}" for i in range(3)]
+    with pytest.raises(SystemExit, match="2"):
+        qwen3_jax(["problems", "chain_sums", str(tmp_path / "no.jsonl")])
+    assert "problems: 'chain_sums'; use one of" in capsys.readouterr().err
+    assert not list(tmp_path.glob("no.jsonl*"))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +188,7 @@ def test_stages_are_read_into_what_runs_them() -> None:
             "stages.fusion: 'stage:fuse' is no earlier stage",
         ),
         (("      rows: 256", "      row: 256"), "stages.answers: row: no such key; did you mean rows"),
-        (("{agreement: true}", "{easy_rate: 2}"), "stages.thinking: filters.easy_rate: 2; use a share"),
+        (("{agreement: true}", "{easy_rate: 2}"), "stages.thinking: filters.easy_rate: 2.0; use a share"),
         (("    sample:\n", "    steps: 3\n    sample:\n"), "stages.answers: steps, sample; use sample alone"),
         (("      thinking: stage:thinking\n", ""), "stages.fused: thinking: missing; set it"),
     ],

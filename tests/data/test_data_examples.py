@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import templates
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen3_jax.data.config import Encoding, Turns
 from qwen3_jax.data.examples import Cutter, Encoded, Encoder, Example, fingerprint_of
@@ -371,3 +373,70 @@ def test_malformed_lines_are_named(tokenizer: Tokenizer, tmp_path: Path, line: b
     one_line = rf"\A{re.escape(str(path))}:3: .*{re.escape(reason)}.*\Z"
     with pytest.raises(ValueError, match=one_line):
         Encoder(tokenizer)(Document(str(path), 15, line))
+
+
+# A property of every example, with the template itself as the oracle.
+
+WORDS = st.lists(st.sampled_from(["the sum", "is", "4", "\n", "\n\n", "/think", "{{ x }}", "你好", "  "]), max_size=5)
+TEXTS = WORDS.map(lambda words: " ".join(words).strip())
+THINKING = st.one_of(st.just(""), TEXTS)  # a turn without a thought is one of the non-thinking mode
+CALLS = st.fixed_dictionaries({"name": st.just("f"), "arguments": st.just({"x": 1})})
+FINAL = st.builds(lambda thought, text: _turn(thought, text), THINKING, TEXTS)
+ASKS = st.tuples(
+    st.builds(lambda thought, text, call: _turn(thought, text, [{"function": call}]), THINKING, TEXTS, CALLS),
+    st.builds(lambda text: {"role": "tool", "content": text}, TEXTS),
+)
+QUERIES = st.builds(lambda text: {"role": "user", "content": f"q {text}"}, TEXTS)
+ROUND = st.builds(
+    lambda query, asks, final: [query, *itertools.chain(*asks), final], QUERIES, st.lists(ASKS, max_size=2), FINAL
+)
+TOOLS = st.one_of(st.none(), st.just([{"type": "function", "function": {"name": "f"}}]))
+
+
+def _turn(thought: str, text: str, calls: list[Any] | None = None) -> dict[str, Any]:
+    turn = {"role": "assistant", "reasoning_content": thought, "content": text}
+    return turn | ({"tool_calls": calls} if calls else {})
+
+
+@pytest.fixture(scope="module", params=["ours", "official"])
+def template(request: pytest.FixtureRequest) -> Callable[..., str]:
+    """The template of the released models, where it is at hand, and the one written for the tests."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    if request.param == "ours":
+        plain = re.sub(r"\{%- (end)?generation %\}", "", templates.HYBRID)  # a tag that Jinja does not know
+        return environment.from_string(plain).render
+    default = Path(__file__).parents[3] / "shared" / "qwen3-tokenizer"
+    path = Path(os.environ.get("QWEN3_TOKENIZER_DIR", default)) / "tokenizer_config.json"
+    if not path.is_file():
+        pytest.skip("the released template is not here; set QWEN3_TOKENIZER_DIR")
+    return environment.from_string(json.loads(path.read_text(encoding="utf-8"))["chat_template"]).render
+
+
+@settings(deadline=None, max_examples=100)
+@given(rounds=st.lists(ROUND, min_size=1, max_size=3), tools=TOOLS, system=st.booleans())
+def test_each_example_is_the_template_and_its_mask_the_turns_own_tokens(
+    tokenizer: Tokenizer, template: Callable[..., str], rounds: list[Any], tools: Any, system: bool
+) -> None:
+    """The ids are those of the conversation as the template writes it when the round ends. In the loss are exactly the
+    tokens between each generation prompt of the round and the end of that turn."""
+    head = [{"role": "system", "content": "be brief"}] if system else []
+    messages = [*head, *itertools.chain(*rounds)]
+    document = Document("a.jsonl", 0, json.dumps({"messages": messages, "tools": tools}).encode())
+    examples = Encoder(tokenizer, turns="each")(document).examples
+    assert len(examples) == len(rounds)
+    stop = len(head)
+    for example, turns in zip(examples, rounds, strict=True):
+        start, stop = stop, stop + len(turns)
+        text, pieces, at = template(messages=messages[:stop], tools=tools), [], 0
+        for place in range(start, stop):
+            if messages[place]["role"] == "assistant":
+                prompt = template(messages=messages[:place], tools=tools, add_generation_prompt=True)
+                assert text.startswith(prompt)
+                end = text.index("<|im_end|>", len(prompt)) + len("<|im_end|>")
+                pieces += [(text[at : len(prompt)], 0), (text[len(prompt) : end], 1)]
+                at = end
+        pieces.append((text[at:], 0))
+        expected = [(token, learnt) for piece, learnt in pieces for token in tokenizer.encode(piece)]
+        found = zip(example.tokens_N.tolist(), example.loss_mask_N.tolist(), strict=True)
+        assert list(found) == expected
