@@ -47,23 +47,29 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(stage: Any, stop: StopSignal, console: Console) -> str | None:
     """One run, or one stage of a plan."""
+    if isinstance(stage, TrainConfig):
+        return train_on_files(stage, stop, console)
+    name = Path(stage.output_dir).name
+    try:
+        _make_data(stage, name, stop, console)
+    except Stopped as signal:
+        console.print(f"stopped by {signal}; the same command goes on", highlight=False)
+        return str(signal)
+    except ValueError as error:
+        raise ValueError(f"stages.{name}: {error}") from None
+    return stop.asked()
 
+
+def _make_data(stage: Any, name: str, stop: StopSignal, console: Console) -> None:
     def announce(what: Any) -> None:
         console.print(what, highlight=False, soft_wrap=isinstance(what, str))
 
-    if isinstance(stage, TrainConfig):
-        return train_on_files(stage, stop, console)
     if isinstance(stage, SampleConfig):
-        try:
-            with file_progress(console) as report:
-                sample(stage, stop.asked, report, announce)
-        except Stopped as signal:
-            console.print(f"stopped by {signal}; the same command goes on", highlight=False)
-            return str(signal)
+        with file_progress(console) as report:
+            sample(stage, stop.asked, report, announce)
     elif jax.process_index() == 0:
         make = run_select if isinstance(stage, SelectConfig) else run_fuse
-        with bar(console, Path(stage.output_dir).name) as update:
+        with bar(console, name) as update:
             make(stage, lambda done, total: update(completed=done, total=total, status=""), announce)
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"data of {stage.output_dir}")
-    return stop.asked()
+        multihost_utils.sync_global_devices(f"data of {name}")

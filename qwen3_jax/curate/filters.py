@@ -33,6 +33,7 @@ class FilterConfig:
     easy_answers: a file of answers to the same queries by a model that did not think; queries of which it solved
       `easy_rate` or more are dropped.
     incomplete: answers that did not end by themselves, and those whose thought was cut.
+    mode: answers with a thought where none was asked for, or without one where it was.
     min_score: answers whose verdict is lower.
     max_repetition: responses of whose runs of eight words a larger share stands in them before.
     min_thinking_words: thoughts with fewer words, and those that say that they guess.
@@ -46,6 +47,7 @@ class FilterConfig:
     easy_answers: str | None = None
     easy_rate: float = 1.0
     incomplete: bool = True
+    mode: bool = False
     min_score: float = 1.0
     max_repetition: float | None = None
     min_thinking_words: int | None = None
@@ -84,6 +86,8 @@ def make_filters(config: FilterConfig, verdict: Verdicts, solved: Mapping[str, f
         filters["easy"] = lambda response: _easy(solved.get(response.query, 0.0), config.easy_rate)
     if config.incomplete:
         filters["incomplete"] = lambda response: "" if response.is_complete else "cut before its end"
+    if config.mode:
+        filters["mode"] = _mode
     filters["wrong"] = lambda response: _wrong(verdict(response), config.min_score)
     if (share := config.max_repetition) is not None:
         filters["repeats"] = lambda response: _over(repetition(response.text), share, "of it repeated")
@@ -124,6 +128,11 @@ def repetition(text: str) -> float:
 
 def _easy(rate: float, limit: float) -> str:
     return f"solved without thinking in {rate:.0%} of the samples" if rate >= limit else ""
+
+
+def _mode(response: Response) -> str:
+    thinks, wanted = bool(response.thought.strip()), response.record["enable_thinking"]
+    return "" if thinks == wanted else f"{'a' if thinks else 'no'} thought, with enable_thinking {wanted}"
 
 
 def _wrong(verdict: Verdict, least: float) -> str:

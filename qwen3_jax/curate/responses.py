@@ -71,7 +71,10 @@ def _of_answer(record: Mapping[str, Any], number: int) -> Response:
         raise ValueError(f"messages: missing, and no prompt; use {_ANSWER} to either")
     messages = record.get("messages", [{"role": "user", "content": record.get("prompt")}])
     chat.validate_messages(messages)
-    ended = record.get("finish_reason") != "length" and record.get("thinking_end") not in ("budget", "room", "auto")
+    end = record.get("thinking_end")
+    ended = record.get("finish_reason") != "length" and end not in ("budget", "room", "auto")
+    if end is not None:  # a flag or a budget may have turned thinking off
+        record = {**record, "enable_thinking": end != "off"}
     found = _response(record, record.get("line", number), messages, record["thinking"], record["content"])
     return dataclasses.replace(found, is_complete=ended)
 

@@ -144,20 +144,15 @@ def _training_problem(rng: random.Random) -> Problem:
 
 
 def texts(count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """`count` records of plain text, to pretrain on: one to three problems with their answers, most of them with the
-    steps, which stand at several distances from the question. The label `worked` says whether all have steps."""
+    """`count` records of plain text, to pretrain on: problems with their answers, 70 % of them with the steps, which
+    stand at several distances from the question. The label `worked` says which."""
     rng = random.Random(seed)
     for _ in range(count):
-        worked = [rng.random() < 0.8 for _ in range(rng.choice([1, 1, 2, 3]))]
-        parts = [_exercise(_training_problem(rng), with_steps, rng) for with_steps in worked]
-        yield {"text": "\n\n".join(parts), "labels": {"worked": "yes" if all(worked) else "no"}}
-
-
-def _exercise(problem: Problem, with_steps: bool, rng: random.Random) -> str:
-    """Question, steps if they are wanted, and answer, apart by lines or rules."""
-    rules = ["\n", "\n\n", *("\n" + "-" * length + "\n" for length in range(1, 9))]
-    steps = [rng.choice(rules), "".join(problem.steps)] if with_steps else []
-    return "".join([problem.question, *steps, rng.choice(rules[:2]), problem.answer])
+        problem, worked = _training_problem(rng), rng.random() < 0.7
+        between = rng.choice(["\n", "\n\n", "\nSteps:\n", "\n\nThe values are\n"])
+        steps = "".join(problem.steps) + rng.choice(["\n", "\n\n"]) if worked else ""
+        text = problem.question + between + steps + problem.answer
+        yield {"text": text, "labels": {"worked": "yes" if worked else "no"}}
 
 
 def post_training_records(count: int, seed: int) -> dict[str, list[dict[str, Any]]]:

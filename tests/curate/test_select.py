@@ -105,6 +105,8 @@ FILTERED = [
     ("several questions", {"max_questions": 1}, {"prompt": "Why? And how?"}, "2 questions", {"prompt": "Why?"}),
     ("incomplete", {}, {"finish_reason": "length"}, "cut before its end", {"finish_reason": "stop"}),
     ("incomplete", {}, {"thinking_end": "budget"}, "cut before its end", {"thinking_end": "off"}),
+    ("mode", {"mode": True}, {"thinking": ""}, "no thought, with enable_thinking True", {}),
+    ("mode", {"mode": True}, {"thinking_end": "off"}, "a thought, with enable_thinking False", {}),
     ("wrong", {}, {"content": "6"}, "score 0: '6' is not '5'", {"content": " 5 "}),
     ("repeats", {"max_repetition": 0.5}, {"thinking": LONG * 9}, "88% of it repeated", {"thinking": LONG * 2}),
     ("guesses", {"min_thinking_words": 3}, {"thinking": "five then"}, "a thought of 2 words", {"thinking": "2 and 3"}),

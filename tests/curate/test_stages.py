@@ -188,7 +188,7 @@ def test_problems_of_reasoning_gym_are_written(tmp_path: Path, capsys: pytest.Ca
             "stages.fusion: 'stage:fuse' is no earlier stage",
         ),
         (("      rows: 256", "      row: 256"), "stages.answers: row: no such key; did you mean rows"),
-        (("{agreement: true}", "{easy_rate: 2}"), "stages.thinking: filters.easy_rate: 2.0; use a share"),
+        (("{mode: true, agreement: true}", "{easy_rate: 2}"), "stages.thinking: filters.easy_rate: 2.0; use a share"),
         (("    sample:\n", "    steps: 3\n    sample:\n"), "stages.answers: steps, sample; use sample alone"),
         (("      thinking: stage:thinking\n", ""), "stages.fused: thinking: missing; set it"),
     ],
