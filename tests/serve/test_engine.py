@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from qwen3_jax.checkpoint import weights_digest
 from qwen3_jax.decode import Result
 from qwen3_jax.serve import Engine, shipped_model
 from qwen3_jax.text.chat_format import ChatFormat
 from qwen3_jax.text.prompt import Prompt
+from sharding import MeshConfig, make_mesh
 
 CHAIN = "Start with 3 and keep the last digit: +4 *7 +5 _ _ _ _ _ _ _"
 
@@ -244,3 +249,25 @@ def test_a_model_with_too_few_embeddings_is_refused(tmp_path: Any) -> None:
         ValueError, match=r"^vocab_size: 512 in .*, whose tokenizer has \d+ tokens; use an embedding with a row"
     ):
         Engine.load(tmp_path)
+
+
+def test_a_digest_tells_weights_from_others_and_not_their_sharding() -> None:
+    """It depends on each element's bits and place, on the dtype, and on the name."""
+    table = np.random.default_rng(0).normal(size=(8, 16, 4)).astype(np.float32)
+    changed = table.copy()
+    changed[3, 7, 1] = np.nextafter(changed[3, 7, 1], 1)
+    trees = [
+        {"a": table},
+        {"b": table},
+        {"a": changed},
+        {"a": table[::-1]},
+        {"a": table[:, ::-1]},
+        {"a": table.swapaxes(0, 2)},
+        {"a": table.reshape(16, 8, 4)},
+        {"a": table.astype(jnp.bfloat16)},
+    ]
+    digests = [weights_digest(jax.tree.map(jnp.asarray, tree)) for tree in trees]
+    assert len(set(digests)) == len(trees)
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    split = jax.device_put(table, jax.NamedSharding(mesh, jax.P("fsdp", "tensor")))
+    assert weights_digest({"a": split}) == digests[0]
