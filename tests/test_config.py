@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from qwen3_jax.cli.config_file import load_config, load_stages
+from qwen3_jax.cli.config_file import load_config, load_plan
 from qwen3_jax.config import ModelConfig, RopeScaling, presets_dir
+from qwen3_jax.curate.filters import FilterConfig
+from qwen3_jax.curate.fuse import FuseConfig
 from qwen3_jax.model import Qwen3
 from qwen3_jax.serve import shipped_model
 from qwen3_jax.train import TrainConfig, link_stages
@@ -290,6 +292,7 @@ def test_the_mesh_of_eight_cpu_devices_loads_and_divides_the_model_that_ships() 
 
 CONFIGS = presets_dir().parent
 FILES = sorted(CONFIGS.rglob("*.yaml"))
+PARTS = {"filters.yaml": FilterConfig, "fuse.yaml": FuseConfig}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
@@ -303,8 +306,13 @@ def test_every_file_in_configs_loads(path: Path) -> None:
     elif path.name in ("optimizer.yaml", "s1.yaml", "s2.yaml", "s3.yaml"):
         included = str(path.relative_to(CONFIGS / "pretrain"))
         assert any(f"!include {included}" in other.read_text() for other in (CONFIGS / "pretrain").glob("*.yaml"))
-    elif stages := load_stages(TrainConfig, path):
-        assert list(link_stages(stages)) == ["s1", "s2", "s3"]
+    elif path.name == "stages.yaml":
+        assert any(f"!include {path.name}" in other.read_text() for other in path.parent.glob("*.yaml"))
+    elif path.name in PARTS:
+        load_config(PARTS[path.name], path)
+    elif stages := load_plan(path):
+        trained = [name for name, stage in link_stages(stages).items() if isinstance(stage, TrainConfig)]
+        assert trained == (["cold_start", "fusion"] if path.parent.name == "post" else ["s1", "s2", "s3"])
     else:  # a recipe of post-training says no model: it begins with a checkpoint's
         start = ["--init_from", str(shipped_model()), "--data.sequence_length", "64"]
         load_config(TrainConfig, path, start if path.parent.name == "post" else [])

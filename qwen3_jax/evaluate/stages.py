@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,29 +40,43 @@ def score_stage(engine: Engine, count: int = 200, seed: int = 0) -> StageScores:
     """Answers `count` problems in each of the five ways; the same problems for every model."""
     problems, rng = held_out_chains(count, seed), random.Random(seed)
     flags = [rng.choice(list(_FLAGS)) for _ in problems]
-    single = [
-        ([{"role": "user", "content": problem.question + flag}], _FLAGS[flag])
-        for problem, flag in zip(problems, flags, strict=True)
+    asked: list[_Asked] = [
+        *(({"prompt": problem.question}, None) for problem in problems),
+        *(({"prompt": problem.question, "enable_thinking": False}, None) for problem in problems),
+        *(({"prompt": problem.question + flag}, _FLAGS[flag]) for problem, flag in zip(problems, flags, strict=True)),
+        *(_dialogue(rng, problem, problems) for problem in problems),
     ]
+    results = _answers(engine, asked, seed, count)
+    right = [engine.reader.record(found)["content"] for found in results[: 2 * count]]
+    followed = [_thinks(engine, found) is mode for found, (_, mode) in zip(results, asked, strict=True)]
     return StageScores(
-        thinking=_accuracy(engine, problems, seed, {}),
-        non_thinking=_accuracy(engine, problems, seed, {"enable_thinking": False}),
-        flags=_followed(engine, single, seed),
-        dialogue_flags=_followed(engine, [_dialogue(rng, problem, problems) for problem in problems], seed),
+        thinking=_share(right[i] == problem.answer for i, problem in enumerate(problems)),
+        non_thinking=_share(right[count + i] == problem.answer for i, problem in enumerate(problems)),
+        flags=_share(followed[2 * count : 3 * count]),
+        dialogue_flags=_share(followed[3 * count :]),
         curve=budget_curve(engine, problems, [{"thinking_budget": budget} for budget in BUDGETS], seed=seed),
     )
 
 
-def _accuracy(engine: Engine, problems: Sequence[Problem], seed: int, fields: Mapping[str, Any]) -> float:
-    settings = {"max_new_tokens": _MAX_NEW, **fields}
-    results = engine.generate(
-        [engine.prompt({"prompt": p.question, "seed": seed + i, **settings}).request for i, p in enumerate(problems)]
-    )
-    right = (_text(engine, found)["content"] == p.answer for found, p in zip(results, problems, strict=True))
-    return sum(right) / len(problems)
+_Asked = tuple[Mapping[str, Any], bool | None]  # a record, and whether its flags ask for thinking
 
 
-def _dialogue(rng: random.Random, last: Problem, problems: Sequence[Problem]) -> tuple[list[dict[str, str]], bool]:
+def _answers(engine: Engine, asked: Sequence[_Asked], seed: int, count: int) -> list[Result]:
+    """All in one program."""
+    requests = []
+    for number, (fields, mode) in enumerate(asked):
+        request = engine.prompt({**fields, "max_new_tokens": _MAX_NEW, "seed": seed + number % count}).request
+        # A flag would make the decoder write the empty thought: the model itself is to do it.
+        requests.append(request if mode is None else dataclasses.replace(request, thinking=True))
+    return engine.generate(requests)
+
+
+def _share(held: Iterable[bool]) -> float:
+    values = list(held)
+    return sum(values) / len(values)
+
+
+def _dialogue(rng: random.Random, last: Problem, problems: Sequence[Problem]) -> _Asked:
     """Two to four turns with flags at random, the last of them open; and whether it thinks, by the last flag."""
     messages: list[dict[str, str]] = []
     thinks = True
@@ -72,32 +86,14 @@ def _dialogue(rng: random.Random, last: Problem, problems: Sequence[Problem]) ->
         thinks = _FLAGS[flag] if flag else thinks
         messages.append({"role": "user", "content": problem.question + flag})
         messages.append({"role": "assistant", "content": problem.answer})
-    return messages[:-1], thinks
-
-
-def _followed(engine: Engine, asked: Sequence[tuple[Sequence[Mapping[str, str]], bool]], seed: int) -> float:
-    """The share of the answers in the mode that was asked for."""
-    requests = [
-        # A flag would make the decoder write the empty thought: the model itself is to do it.
-        dataclasses.replace(
-            engine.prompt({"messages": messages, "max_new_tokens": _MAX_NEW, "seed": seed + i}).request, thinking=True
-        )
-        for i, (messages, _) in enumerate(asked)
-    ]
-    results = engine.generate(requests)
-    followed = (_thinks(engine, found) is thinks for found, (_, thinks) in zip(results, asked, strict=True))
-    return sum(followed) / len(asked)
+    return {"messages": messages[:-1]}, thinks
 
 
 def _thinks(engine: Engine, result: Result) -> bool | None:
     """Whether there is a thought; None where the answer has no think block."""
     if result.thinking_end != "natural":
         return None
-    return bool(_text(engine, result)["thinking"].strip())
-
-
-def _text(engine: Engine, result: Result) -> dict[str, Any]:
-    return engine.reader.record(result)
+    return bool(engine.reader.record(result)["thinking"].strip())
 
 
 def plot_stages(scores: Mapping[str, StageScores], path: Path) -> None:

@@ -15,7 +15,7 @@ from qwen3_jax.serve import shipped_model
 def test_the_shipped_model_thinks_and_follows_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Held-out chains with a thought are right, without one they are not; of dialogues it has seen none."""
     plot = tmp_path / "stages.png"
-    qwen3_jax(["evaluate", "stages", str(shipped_model()), "--problems", "40", "--json", "--plot", str(plot)])
+    qwen3_jax(["evaluate", "stages", str(shipped_model()), "--problems", "20", "--json", "--plot", str(plot)])
     found = json.loads(capsys.readouterr().out)
     assert found["thinking"] >= 0.95
     assert found["non_thinking"] < 0.6

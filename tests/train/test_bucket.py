@@ -42,10 +42,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, bucket: Bucket) -> Path:
     folder = tmp_path_factory.mktemp("bucket")
     write_dataset(folder / "data", 200, seed=0, vocab_size=512)
     lines = (folder / "data" / "train.jsonl").read_bytes().splitlines(keepends=True)
-    write_formats(folder / "data", lines)
+    files = folder / "files"
+    files.mkdir()
+    write_formats(files, lines)
     sources = []
     for name in ("a.jsonl", "b.parquet", "c.arrayrecord"):
-        bucket.put(f"data/{name}", (folder / "data" / name).read_bytes())
+        bucket.put(f"data/{name}", (files / name).read_bytes())
         sources.append({"name": name[0], "paths": [f"gs://bucket/data/{name[0]}*"]})
     fields = {
         "model": yaml_fields(TRAINED),
@@ -58,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, bucket: Bucket) -> Path:
         "log_every": 1,
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(fields))
-    here = json.loads(json.dumps(fields).replace("gs://bucket/data", str(folder / "data")))
+    here = json.loads(json.dumps(fields).replace("gs://bucket/data", str(files)))
     (folder / "here.yaml").write_text(yaml.safe_dump({**here, "output_dir": str(folder / "here")}))
     return folder
 

@@ -120,7 +120,7 @@ def test_bad_plans_are_refused_by_name(words: list[str], message: str) -> None:
 
 SMALL = """--model.hidden_size 32 --model.num_hidden_layers 1 --compute.group_size 32 --optimizer.warmup_steps 2
     --s1.steps 8 --s2.steps 60 --s3.steps 5 --checkpoint_every 6 --log_every 1
-    --s1.data.sequence_length 64 --s2.data.sequence_length 64 --s3.data.sequence_length 128""".split()
+    --data.batch_size 8 --data.sequence_length 64 --s3.data.sequence_length 128""".split()
 
 
 def start_plan(directory: Path, name: str, *overrides: str) -> Command:
