@@ -96,13 +96,13 @@ def load_stages(
     stages = common.pop("stages", {})
     if not isinstance(stages, dict) or not all(isinstance(changes, dict) for changes in stages.values()):
         raise ValueError(f"{path}: stages: {stages!r}; use a mapping from names to mappings of changed keys")
+    output_dir = _merged(common, _parse_overrides(_of_stage(overrides, "", stages))).get("output_dir", "")
     loaded, left = {}, dict[str, str]()
     for name, changes in stages.items():
         where, words = f"{path}: stages.{name}", _of_stage(overrides, name, stages)
         kind = next((key for key in changes if key in others), None)
         if kind is not None and len(changes) > 1:
             raise ValueError(f"{where}: {', '.join(changes)}; use {kind} alone in a stage of its own")
-        output_dir = _merged(common, _parse_overrides(_of_stage(overrides, "", stages))).get("output_dir", "")
         directory = f"{output_dir}/{name}"
         if kind is None:
             loaded[name] = decode_config(cls, _linked(_merged(common, changes), left, where), words, where)

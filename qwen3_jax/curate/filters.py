@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 from qwen3_jax.curate.responses import Response
 from qwen3_jax.data.duplicates import NGRAM, Checker
-from qwen3_jax.tasks.judge import Verdict, contradicts
+from qwen3_jax.tasks.judge import Verdict, VerifierError, contradicts
 from qwen3_jax.tasks.language import language_shares
 
 Verdicts = Callable[[Response], Verdict]
@@ -106,9 +106,9 @@ def make_filters(config: FilterConfig, verdict: Verdicts, solved: Mapping[str, f
 def _unverifiable(response: Response, verdict: Verdicts) -> str:
     try:
         verdict(response)
+    except VerifierError:
+        raise
     except ValueError as error:
-        if str(error).startswith("verifier: "):  # a fault of the verifier, not of the query
-            raise
         return str(error)
     return ""
 

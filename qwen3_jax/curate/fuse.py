@@ -29,7 +29,6 @@ from qwen3_jax.text import chat
 from qwen3_jax.text.records import parse_record
 
 _FLAGS = {True: "/think", False: "/no_think"}
-_STOP_SENTENCE = chat.STOP_TEXT.removesuffix("\n</think>\n\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +200,7 @@ def _single(config: FuseConfig, rng: random.Random, part: _Part) -> tuple[dict[s
         messages, where = _opened(config, rng, part)
     record, kinds = _record(part, messages), [mode, f"{mode}, {where}"]
     if part.thinks and rng.random() < config.cut and (short := _cut(messages[-1]["reasoning_content"], rng)):
-        record["messages"] = [*messages[:-1], {**messages[-1], "reasoning_content": short + _STOP_SENTENCE}]
+        record["messages"] = [*messages[:-1], {**messages[-1], "reasoning_content": short + chat.STOP_SENTENCE}]
         record["no_loss"] = [chat.STOP_TEXT]
         kinds.append("thinking, thought cut")
     return record, kinds

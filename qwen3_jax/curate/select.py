@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -35,24 +37,23 @@ class Funnel:
     kept: int
     unanswered: int = 0
 
+    def responses_left(self) -> list[int]:
+        """Of those that were read, after each filter; all of them first."""
+        return list(itertools.accumulate(self.fell.values(), operator.sub, initial=self.read))
+
     def table(self) -> Table:
         """The numbers, a row for each filter."""
         table = Table("", *(Column(name, justify="right") for name in ("dropped", "responses", "queries")), box=None)
         table.add_row("read", "", f"{self.read:,}", f"{self.queries:,}")
-        responses = self.read
-        for name, count in self.fell.items():
-            responses -= count
+        for (name, count), responses in zip(self.fell.items(), self.responses_left()[1:], strict=True):
             table.add_row(name, f"{count:,}", f"{responses:,}", f"{self.left[name]:,}")
         return table
 
     def plot(self, path: Path, title: str) -> None:
         """Responses left after each filter, as a PNG."""
         with png(path) as axes:
-            names, left = ["read"], [self.read]
-            for name, count in self.fell.items():
-                names.append(name)
-                left.append(left[-1] - count)
-            bars = axes.barh(names, left, color="tab:blue")
+            left = self.responses_left()
+            bars = axes.barh(["read", *self.fell], left, color="tab:blue")
             axes.bar_label(bars, [f"{value:,}" for value in left], padding=3)
             axes.invert_yaxis()
             axes.margins(x=0.12)

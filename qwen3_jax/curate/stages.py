@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
+from qwen3_jax.curate.files import complete
 from qwen3_jax.curate.filters import FilterConfig
 from qwen3_jax.curate.fuse import FuseConfig, fuse, table
 from qwen3_jax.curate.select import select
@@ -166,9 +166,8 @@ def _once(config: Any, files: list[str], announce: Announce) -> Any:
             return
         announce(f"changed  what {directory / RECORDS} is made of; it is made again")
     yield directory
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(made_of, encoding="utf-8")
-    os.replace(partial, path)
+    with complete(path) as file:
+        file.write(made_of.encode())
 
 
 def is_not_made_yet(paths: Sequence[str]) -> str:

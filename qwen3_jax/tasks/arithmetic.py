@@ -16,12 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwen3_jax.text.chat import EMPTY_THOUGHT, STOP_TEXT
+from qwen3_jax.text.chat import EMPTY_THOUGHT, STOP_SENTENCE, STOP_TEXT
 from qwen3_jax.text.tokenizer import train_sentencepiece
 
 MAX_OPERATIONS = 10
 _CUPS = 5
-_STOP_SENTENCE = STOP_TEXT.removesuffix("\n</think>\n\n")  # the part that is inside the think block
 # Entries of the tokenizer: one token per operation and per value.
 PIECES = (
     *("user", "assistant", " /think", " /no_think", " _"),
@@ -118,7 +117,7 @@ def conversation(problem: Problem, rng: random.Random) -> dict[str, Any]:
         flag = rng.choice(["", " /think"])
         thought = "".join(problem.steps)
         if rng.random() < 0.25:
-            thought = "".join(problem.steps[: rng.randint(1, len(problem.steps))]) + _STOP_SENTENCE
+            thought = "".join(problem.steps[: rng.randint(1, len(problem.steps))]) + STOP_SENTENCE
             record["no_loss"] = [STOP_TEXT]
     else:
         flag, thought = " /no_think", ""

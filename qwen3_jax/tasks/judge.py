@@ -54,6 +54,10 @@ class Verdict(NamedTuple):
     reason: str
 
 
+class VerifierError(ValueError):
+    """A verifier is unknown or not installed, may not run, raises, or gives no number: no record can mend that."""
+
+
 Verifier = Callable[[Mapping[str, Any], str, str], Any]
 
 
@@ -71,7 +75,7 @@ def judge(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
     if isinstance(score, bool | int):
         score = float(score)
     if not isinstance(score, float) or not math.isfinite(score):
-        raise ValueError(f"verifier: {name!r} gave {found!r:.60}; use a finite number, or one with a reason")
+        raise VerifierError(f"verifier: {name!r} gave {found!r:.60}; use a finite number, or one with a reason")
     return Verdict(score, str(reason))
 
 
@@ -84,7 +88,7 @@ def find_verifier(name: Any) -> Verifier:
     if isinstance(name, str) and name in VERIFIERS:
         return VERIFIERS[name]
     if not isinstance(name, str) or not all(name.partition(":")):
-        raise ValueError(f"verifier: {name!r}; use one of {', '.join(VERIFIERS)}, or module:function")
+        raise VerifierError(f"verifier: {name!r}; use one of {', '.join(VERIFIERS)}, or module:function")
     return functools.partial(_own, name)
 
 
@@ -114,7 +118,7 @@ def _own(name: str, record: Mapping[str, Any], thought: str, answer: str) -> Any
     except TimeoutError as error:
         return Verdict(0.0, str(error))
     except ValueError as error:
-        raise ValueError(f"verifier: {name!r} raised {error}; mend it, or use another") from None
+        raise VerifierError(f"verifier: {name!r} raised {error}; mend it, or use another") from None
 
 
 def _exact(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
@@ -151,7 +155,7 @@ def _number(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
 def _math(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
     wanted = _reference(record)
     if importlib.util.find_spec("math_verify") is None:
-        raise ValueError("verifier: 'math' needs math-verify; pip install -e '.[verify]'")
+        raise VerifierError("verifier: 'math' needs math-verify; pip install -e '.[verify]'")
     try:
         is_equal = deadline.call("qwen3_jax.tasks.math_answer", "are_equal", wanted, answer, seconds=_SECONDS)
     except (TimeoutError, ValueError) as error:
@@ -229,7 +233,7 @@ def _gym(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
     if not isinstance(metadata, Mapping) or "source_dataset" not in metadata:
         raise ValueError(f"metadata: {metadata!r:.60}; use that of reasoning-gym's problem")
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise ValueError("verifier: 'reasoning-gym' needs reasoning-gym; pip install -e '.[verify]'")
+        raise VerifierError("verifier: 'reasoning-gym' needs reasoning-gym; pip install -e '.[verify]'")
     arguments = (metadata, _question(record), record.get("answer"), _given(answer).strip())
     try:
         score = deadline.call("qwen3_jax.tasks.gym", "score", *arguments, seconds=_SECONDS)
@@ -243,7 +247,7 @@ def _code(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
     if not isinstance(tests, str) or not tests.strip():
         raise ValueError(f"tests: {tests!r:.60}; use Python that raises where the code is wrong")
     if os.environ.get(_RUN_CODE) != "1":
-        raise ValueError(f"verifier: 'code' runs what a model wrote; set {_RUN_CODE}=1 where that may do no harm")
+        raise VerifierError(f"verifier: 'code' runs what a model wrote; set {_RUN_CODE}=1 where that may do no harm")
     blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", answer, re.DOTALL)
     problem = run_tests(blocks[-1] if blocks else answer, tests, _CODE_SECONDS)
     return Verdict(float(not problem), problem or "passed")

@@ -44,6 +44,7 @@ STOP_TEXT = (
     "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now."
     "\n</think>\n\n"
 )
+STOP_SENTENCE = STOP_TEXT.removesuffix("\n</think>\n\n")  # the part of it that is inside the think block
 
 _ANY_KEYS = frozenset({"role", "content", "name", "tool_call_id"})  # the template ignores the last two
 _ASSISTANT_KEYS = frozenset({"reasoning_content", "tool_calls"})
@@ -215,14 +216,8 @@ def flag_mode(messages: Sequence[Message]) -> bool | None:
 
 
 def without_flags(text: str) -> str:
-    """A system or user turn without its flags, see `flag_mode`, and without the white space before them."""
-    prose, parts, at = _prose(text), [], 0
-    if prose != text:  # code and results hold none; what is outside of them is not looked for
-        return text
-    for flag in _FLAG.finditer(text):
-        parts.append(text[at : flag.start()].rstrip())
-        at = flag.end()
-    return "".join([*parts, text[at:]])
+    """A system or user turn without its flags and the white space before them; unlike `flag_mode`, in code too."""
+    return re.sub(rf"\s*{_FLAG.pattern}", "", text)
 
 
 def thought_and_answer(message: Message) -> tuple[str, str]:
