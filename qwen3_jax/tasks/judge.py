@@ -154,8 +154,7 @@ def _number(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
 
 def _math(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
     wanted = _reference(record)
-    if importlib.util.find_spec("math_verify") is None:
-        raise VerifierError("verifier: 'math' needs math-verify; pip install -e '.[verify]'")
+    _require("math", "math_verify")
     try:
         is_equal = deadline.call("qwen3_jax.tasks.math_answer", "are_equal", wanted, answer, seconds=_SECONDS)
     except (TimeoutError, ValueError) as error:
@@ -218,6 +217,7 @@ def _language(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
     wanted = record.get("language")
     if not isinstance(wanted, str) or not re.fullmatch("[a-z]{2,3}", wanted):
         raise ValueError(f"language: {wanted!r}; use its code, such as en")
+    _require("language", "py3langid")
     found = next(iter(language_shares(answer)), "no language")
     return _verdict(found == wanted, found, wanted)
 
@@ -232,8 +232,7 @@ def _gym(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
     metadata = record.get("metadata")
     if not isinstance(metadata, Mapping) or "source_dataset" not in metadata:
         raise ValueError(f"metadata: {metadata!r:.60}; use that of reasoning-gym's problem")
-    if importlib.util.find_spec("reasoning_gym") is None:
-        raise VerifierError("verifier: 'reasoning-gym' needs reasoning-gym; pip install -e '.[verify]'")
+    _require("reasoning-gym", "reasoning_gym")
     arguments = (metadata, _question(record), record.get("answer"), _given(answer).strip())
     try:
         score = deadline.call("qwen3_jax.tasks.gym", "score", *arguments, seconds=_SECONDS)
@@ -251,6 +250,12 @@ def _code(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
     blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", answer, re.DOTALL)
     problem = run_tests(blocks[-1] if blocks else answer, tests, _CODE_SECONDS)
     return Verdict(float(not problem), problem or "passed")
+
+
+def _require(verifier: str, module: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        package = module.replace("_", "-")
+        raise VerifierError(f"verifier: {verifier!r} needs {package}; pip install -e '.[verify]'")
 
 
 def _question(record: Mapping[str, Any]) -> str:
