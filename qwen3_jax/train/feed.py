@@ -60,8 +60,10 @@ class FileFeed:
     @property
     def markers(self) -> Markers | None:
         """Of thoughts, where there are conversations."""
+        if not self.survey.has_chats:
+            return None
         tokenizer = load_tokenizer(self._config.tokenizer)
-        return (tokenizer.think, tokenizer.end_think) if self.survey.has_chats else None
+        return tokenizer.think, tokenizer.end_think
 
     def next(self, params: Any) -> Batch:
         del params

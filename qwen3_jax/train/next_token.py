@@ -17,6 +17,8 @@ from qwen3_jax.train.flops import train_flops_per_token
 from qwen3_jax.train.objective import Batch, BatchArray, Metrics, Sums
 from qwen3_jax.train.router import RouterConfig, router_loss, router_metrics
 
+Markers = tuple[int, int]  # the ids of <think> and </think>
+
 
 def in_thought(batch: Batch, markers: Markers) -> jax.Array:
     """[B, T] bool: whether the target is inside a thought or ends it. A thought is what follows `<think>`, up to
@@ -34,9 +36,6 @@ def packed_arrays(rows: int, length: int) -> dict[str, BatchArray]:
     """Batches of packed documents; `qwen3_jax.data.packing.to_arrays` says what the arrays hold."""
     dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"loss_weights": jnp.float32}
     return {name: BatchArray((rows, length), dtype, ("batch", "length")) for name, dtype in dtypes.items()}
-
-
-Markers = tuple[int, int]  # the ids of <think> and </think>
 
 
 class NextToken:
