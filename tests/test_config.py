@@ -292,6 +292,7 @@ def test_the_mesh_of_eight_cpu_devices_loads_and_divides_the_model_that_ships() 
 
 CONFIGS = presets_dir().parent
 FILES = sorted(CONFIGS.rglob("*.yaml"))
+BASE = ["--init_from", str(shipped_model())]  # a recipe of post-training takes its model from there
 PARTS = {"filters.yaml": FilterConfig, "fuse.yaml": FuseConfig}
 
 
@@ -310,9 +311,8 @@ def test_every_file_in_configs_loads(path: Path) -> None:
         assert any(f"!include {path.name}" in other.read_text() for other in path.parent.glob("*.yaml"))
     elif path.name in PARTS:
         load_config(PARTS[path.name], path)
-    elif stages := load_plan(path):
+    elif stages := load_plan(path, BASE if path == CONFIGS / "post" / "toy.yaml" else []):
         trained = [name for name, stage in link_stages(stages).items() if isinstance(stage, TrainConfig)]
         assert trained == (["cold_start", "fusion"] if path.parent.name == "post" else ["s1", "s2", "s3"])
-    else:  # a recipe of post-training says no model: it begins with a checkpoint's
-        start = ["--init_from", str(shipped_model()), "--data.sequence_length", "64"]
-        load_config(TrainConfig, path, start if path.parent.name == "post" else [])
+    else:
+        load_config(TrainConfig, path, [*BASE, "--data.sequence_length", "64"] if path.parent.name == "post" else [])
