@@ -143,24 +143,31 @@ def _training_problem(rng: random.Random) -> Problem:
 
 
 def texts(count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """`count` records of plain text, to pretrain on: problems with their answers, 70 % of them with the steps, which
-    stand at several distances from the question. The label `worked` says which."""
+    """`count` records of plain text, to pretrain on: one to four problems with their answers, most of them with the
+    steps. The labels say how many problems there are, and whether all of them have steps (`worked`)."""
     rng = random.Random(seed)
     for _ in range(count):
-        problem, worked = _training_problem(rng), rng.random() < 0.7
-        between = rng.choice(["\n", "\n\n", "\nSteps:\n", "\n\nThe values are\n"])
-        steps = "".join(problem.steps) + rng.choice(["\n", "\n\n"]) if worked else ""
-        text = problem.question + between + steps + problem.answer
-        yield {"text": text, "labels": {"worked": "yes" if worked else "no"}}
+        worked = [rng.random() < 0.8 for _ in range(rng.choice([1, 1, 2, 3, 4]))]
+        parts = [_exercise(_training_problem(rng), with_steps, rng) for with_steps in worked]
+        labels = {"problems": f"{len(worked)}", "worked": "yes" if all(worked) else "no"}
+        yield {"text": rng.choice(["\n", "\n\n"]).join(parts), "labels": labels}
+
+
+def _exercise(problem: Problem, with_steps: bool, rng: random.Random) -> str:
+    """Question, steps if they are wanted, and answer. A rule of 7 or 8 tokens divides question and steps: in a
+    conversation, as many tokens are between question and thought, without and with a flag."""
+    steps = ["\n" + "-" * rng.choice([5, 6]) + "\n" + "".join(problem.steps)] if with_steps else []
+    return "".join([problem.question, *steps, rng.choice(["\n", "\n\n"]), problem.answer])
 
 
 def post_training_records(count: int, seed: int) -> dict[str, list[dict[str, Any]]]:
     """What post-training begins with: `count` queries with their answers, for sampling; `count` conversations that
-    think, of other problems, as a larger model would have written them; and `count` without thoughts, of problems that
-    can be answered at once (sums, and up to three operations), those among the queries too."""
+    think, of other problems, as a larger model would have written them; and `count` without thoughts. Half of those are
+    of problems that can be answered at once (sums, and up to three operations). The others are of the queries: without
+    long ones, the length of a problem would tell the mode, and the flag would not be learnt."""
     rng = random.Random(seed)
     cold_start, asked = ([_training_problem(rng) for _ in range(count)] for _ in range(2))
-    direct = [problem for problem in asked if _is_short(problem)]
+    direct = asked[: count // 2]
     while len(direct) < count:
         problem = _training_problem(rng)
         direct += [problem] if _is_short(problem) else []
