@@ -1,4 +1,4 @@
-"""The policy loss and the advantages against float64 numpy, written token by token; masks; packed rows and parts."""
+"""The policy loss against float64 numpy, written token by token; masks; packed rows and parts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen3_jax.rl import group_advantages, policy_loss
-from qwen3_jax.rl.policy import Policy, Sequences, policy_sums
+from qwen3_jax.ops.policy import Policy, Sequences, policy_loss, policy_sums
 
 ROWS, LENGTH = 3, 12
 SEGMENTS = np.array([[1] * 5 + [2] * 4 + [0] * 3, [1] * 12, [1] * 2 + [2] * 3 + [3] * 7])
@@ -170,42 +169,6 @@ def test_the_loss_of_a_step_does_not_depend_on_how_its_rows_are_cut() -> None:
     alone = parts([(row, SEGMENTS[row] == s) for row in rows for s in range(1, SEGMENTS[row].max() + 1)])
     for other in (cut, alone):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), other, whole)
-
-
-def test_advantages_are_those_of_their_definitions() -> None:
-    rng = np.random.default_rng(1)
-    rewards = rng.normal(size=(5, 4))
-    for group, row in enumerate(rewards):
-        mean = sum(row) / 4
-        std = math.sqrt(sum((r - mean) ** 2 for r in row) / 3)
-        for answer, reward in enumerate(row):
-            others = [r for other, r in enumerate(row) if other != answer]
-            expected: dict[Any, float] = {
-                "grpo": (reward - mean) / (std + 1e-6),
-                "dr_grpo": reward - mean,
-                "rloo": reward - sum(others) / 3,
-            }
-            for kind, value in expected.items():
-                assert group_advantages(rewards, kind)[group, answer] == pytest.approx(value, abs=1e-12)
-
-
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
-def test_a_group_of_equal_rewards_has_no_advantage(kind: Any) -> None:
-    """Exactly: the mean of three times 0.1 is not 0.1."""
-    assert np.mean([0.1] * 3) != 0.1
-    assert (group_advantages([[0.1] * 3, [0.0, 0.0, 1.0]], kind)[0] == 0).all()
-
-
-@pytest.mark.parametrize(
-    ("rewards", "message"),
-    [
-        ([[1.0]], r"rewards_GN: shape \(1, 1\); use \[groups, answers\] with 2 answers or more"),
-        ([[1.0, math.nan]], r"rewards_GN\[0, 1\]: nan; use a finite number"),
-    ],
-)
-def test_rewards_that_give_no_advantage_are_refused(rewards: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        group_advantages(rewards)
 
 
 @pytest.mark.parametrize(
