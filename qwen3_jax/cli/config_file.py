@@ -43,7 +43,7 @@ def decode_config(cls: type[T], raw: dict[str, Any], overrides: Sequence[str], w
     for key in _flat(changes):
         # An element of a list is named by its name: data.sources.NAME.paths.
         plain = re.sub(r"\bsources\.[^.]+\.", "sources.", key)
-        if plain not in known:
+        if plain not in known and not _is_in_mapping(plain, known):
             raise ValueError(f"--{key}: no such key{did_you_mean(plain, known, '--')}")
     tree = raw
     try:
@@ -258,6 +258,12 @@ def _fields(cls: typing.Any, prefix: str = "") -> dict[str, tuple[Any, dataclass
         if part is not None:
             found |= _fields(part, f"{prefix}{name}.")
     return found
+
+
+def _is_in_mapping(key: str, known: dict[str, tuple[Any, dataclasses.Field[Any]]]) -> bool:
+    """Whether a part of a dotted key is a field that holds a mapping, whose keys may be any."""
+    parents = [known[parent] for end in range(len(key)) if key[end] == "." and (parent := key[:end]) in known]
+    return any(typing.get_origin(typing.get_type_hints(cls)[field.name]) is dict for cls, field in parents)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> list[str]:

@@ -87,6 +87,14 @@ def test_a_source_is_changed_by_its_name_and_one_path_is_a_list_of_one(tmp_path:
         ]
 
 
+def test_what_a_key_holds_as_a_mapping_is_changed_by_name(tmp_path: Path) -> None:
+    sources = [{"name": "a", "paths": ["a.jsonl"], "label_weights": {"kind": {"x": 2.0}}}]
+    data = {"sources": sources, "tokenizer": "t", "sequence_length": 8, "batch_size": 2}
+    words = ["--data.sources.a.label_weights.kind.y", "3", "--data.sources.a.label_weights.long", "{z: 1}"]
+    config = load_config(TrainConfig, _write(tmp_path / "run.yaml", data=data), words)
+    assert config.data.sources[0].label_weights == {"kind": {"x": 2.0, "y": 3.0}, "long": {"z": 1.0}}
+
+
 @pytest.mark.parametrize(
     ("changes", "overrides", "message"),
     [
