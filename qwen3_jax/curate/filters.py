@@ -20,7 +20,7 @@ Verdicts = Callable[[Response], Verdict]
 Filter = Callable[[Response], str]
 
 _RUN = 8  # words
-_PARTS = re.compile(r"^\s*(?:\(?[a-h]\)|\(?[1-9]\)|\(?(?:i|ii|iii|iv|v)\))\s", re.MULTILINE)
+_PARTS = re.compile(r"^[^\S\n]*(?:\(?[a-h]\)|\(?[1-9]\)|\(?(?:i|ii|iii|iv|v)\))\s", re.MULTILINE)
 _GUESS = re.compile(r"\b(?:(?:just|random|wild|lucky|educated) guess|i(?:'ll| will)? (?:just )?guess)\b", re.IGNORECASE)
 
 

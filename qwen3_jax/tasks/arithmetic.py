@@ -44,18 +44,19 @@ _SUM = re.compile(r"(?:What|How much) is (\d) (?:\+|plus) (\d)\?")
 _CHAIN = re.compile(
     r"(?:Start with|The ball is under cup) (\d) and (?:keep the last digit|we swap):((?: (?:[+*]\d|\d-\d))+)"
 )
+_REST = re.compile(r"(?: _)*(?:\s*/(?:no_)?think)?\s*")
 
 
 def solve(question: str) -> Problem:
-    """The problem of a question in the words of this module; what comes after it, such as a flag, is left out.
+    """The problem of a question in the words of this module; a flag after it is left out.
 
     Raises:
       ValueError: it is no such question.
     """
-    if found := _SUM.match(question):
+    if (found := _SUM.match(question)) and _REST.fullmatch(question, found.end()):
         a, b = map(int, found.groups())
         return Problem(found[0], (f"{a}", " plus", f" {b}", " equals", f" {a + b}"), f"{a + b}")
-    if not (found := _CHAIN.match(question)):
+    if not (found := _CHAIN.match(question)) or not _REST.fullmatch(question, found.end()):
         raise ValueError(f"{question!r:.60} is no problem of qwen3-jax tiny-data")
     value, steps = int(found[1]), []
     for operation in found[2].split():

@@ -10,17 +10,26 @@ import atexit
 import contextlib
 import importlib
 import json
+import os
 import resource
 import select
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
+
+NO_RESULT, DIED = "no result in", "its process died"  # how the message of a TimeoutError begins
 
 _START_SECONDS = 60.0  # for the process to start, and to import a function's module
 _MEMORY = 4 * 2**30  # bytes of the process
 # Not multiprocessing: it runs the user's script again in each process that it starts.
 _COMMAND = [sys.executable, "-c", "from qwen3_jax.tasks.deadline import serve; serve()"]
+
+
+class _Late(Exception):
+    """The deadline has passed. Not a TimeoutError: a signal handler of the caller's may raise one."""
 
 
 class _Worker:
@@ -32,25 +41,32 @@ class _Worker:
         self._imported: set[str] = set()
 
     def call(self, module: str, function: str, arguments: tuple[Any, ...], seconds: float) -> Any:
+        question = json.dumps([module, function, arguments])
         if module not in self._imported:
-            self._ask([module, sys.path], _START_SECONDS)
+            self._ask(json.dumps([module, sys.path]), _START_SECONDS)
             self._imported.add(module)
-        return self._ask([module, function, arguments], seconds)
+        return self._ask(question, seconds)
 
-    def _ask(self, question: list[Any], seconds: float) -> Any:
+    def _ask(self, question: str, seconds: float) -> Any:
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(question).encode() + b"\n")
+        self._process.stdin.write(question.encode() + b"\n")
         self._process.stdin.flush()
-        if not select.select([self._process.stdout], [], [], seconds)[0]:
-            raise TimeoutError
-        line = self._process.stdout.readline()
-        if not line:
-            raise BrokenPipeError
-        is_good, value = json.loads(line)
+        is_good, value = json.loads(self._line(time.monotonic() + seconds))
         if not is_good:
             raise ValueError(value)
         return value
+
+    def _line(self, deadline: float) -> bytes:
+        assert self._process.stdout is not None
+        pipe, read = self._process.stdout.fileno(), b""
+        while not read.endswith(b"\n"):
+            if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise _Late
+            part = os.read(pipe, 2**16)
+            if not part:
+                raise BrokenPipeError
+            read += part
+        return read
 
     def end(self) -> None:
         self._process.kill()
@@ -70,20 +86,29 @@ def call(module: str, function: str, *arguments: Any, seconds: float) -> Any:
 
     Raises:
       TimeoutError: it took longer, or its process died. The next call starts another.
-      ValueError: the function raised, or cannot be imported; the message is that of its exception.
+      ValueError: the function raised, is not there, or cannot be imported, as the message says.
+      TypeError: the arguments are no JSON data.
     """
     global _worker
     with _lock:
         if _worker is None:
             _worker = _Worker()
+        is_whole = False
         try:
-            return _worker.call(module, function, arguments, seconds)
-        except TimeoutError:
-            _end()
-            raise TimeoutError(f"no result in {seconds:g} s") from None
-        except OSError:  # of a pipe whose other end is gone
-            _end()
-            raise TimeoutError("its process died") from None
+            result = _worker.call(module, function, arguments, seconds)
+            is_whole = True
+            return result
+        except _Late:
+            raise TimeoutError(f"{NO_RESULT} {seconds:g} s") from None
+        except (OSError, json.JSONDecodeError):  # a pipe whose other end is gone, or that something else wrote to
+            raise TimeoutError(DIED) from None
+        except (TypeError, ValueError):
+            is_whole = True
+            raise
+        finally:
+            # After anything else, the next line of the pipe may be the answer to this call.
+            if not is_whole:
+                _end()
 
 
 def _end() -> None:
@@ -99,16 +124,33 @@ atexit.register(_end)
 def serve() -> None:
     """Answers the lines of standard input, until there are no more."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    answers, sys.stdout = sys.stdout, sys.stderr  # what a function prints is no answer
-    for line in sys.stdin:
+    # A function may read, print, and run programs that do: the two pipes get other numbers, which none inherits.
+    calls, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1):
+        os.dup2(nothing, number)
+    for line in calls:
         module, *call = json.loads(line)
+        print(_answer(module, call), file=answers, flush=True)
+
+
+def _answer(module: str, call: list[Any]) -> str:
+    if len(call) == 1:
+        sys.path[:] = call[0]
         try:
-            if len(call) == 1:
-                sys.path[:] = call[0]
-                importlib.import_module(module)
-                answer = "[true, null]"
-            else:
-                answer = json.dumps([True, getattr(sys.modules[module], call[0])(*call[1])], default=float)
+            importlib.import_module(module)
         except Exception as error:
-            answer = json.dumps([False, " ".join(f"{type(error).__name__}: {error}".split())[:200]])
-        print(answer, file=answers, flush=True)
+            return json.dumps([False, f"cannot be imported ({_said(error)})"])
+        return "[true, null]"
+    name, arguments = call
+    function: Callable[..., Any] | None = getattr(sys.modules[module], name, None)
+    if not callable(function):
+        return json.dumps([False, f"is no function of {module}"])
+    try:
+        return json.dumps([True, function(*arguments)], default=float)
+    except Exception as error:
+        return json.dumps([False, f"raised {_said(error)}"])
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

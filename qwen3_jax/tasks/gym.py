@@ -1,4 +1,4 @@
-"""Problems of reasoning-gym (Stojanovski et al. 2025, arXiv 2505.24760), and its own scores; extra `verify`."""
+"""Problems of reasoning-gym (Stojanovski et al. 2025, arXiv 2505.24760); extra `verify`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,3 @@ def problems(
     for number, entry in enumerate(entries):
         record = {"id": f"{name}-{seed}-{number}", "prompt": entry["question"], "answer": entry["answer"]}
         yield {**record, "verifier": VERIFIER, "metadata": entry["metadata"]}
-
-
-def score(metadata: Mapping[str, Any], question: str, reference: str | None, answer: str) -> float:
-    """What reasoning-gym gives an answer, 0 to 1; called in a process that can be killed."""
-    import reasoning_gym
-
-    entry = {"question": question, "answer": reference, "metadata": metadata}
-    return float(reasoning_gym.get_score_answer_fn(metadata["source_dataset"])(answer, entry))

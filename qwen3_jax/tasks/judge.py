@@ -12,17 +12,18 @@ A record has `verifier`, one of the names below or a function of yours as `modul
 | json | the answer is JSON, alone or in a code fence, and equals the reference if there is one | `answer`, optional |
 | mode | there is a thought if `enable_thinking` is true, and none if it is false | `enable_thinking` |
 | length | the answer has `min_words` to `max_words` words | either of the two, or both |
-| language | most of the answer is in the language (extra `verify`) | `language`, as "en" |
+| language | most of its sentences of 20 letters or more are in the language (extra `verify`) | `language`, as "en" |
 | arithmetic | the answer is that of a problem of `qwen3-jax tiny-data`, which is solved | the question, or `answer` |
 | reasoning-gym | reasoning-gym scores it so, 0 to 1 (extra `verify`) | the question, `answer`, `metadata` |
 | code | the last code block, or else the answer, passes the tests; see `tasks.code_answer` | `tests`, Python |
 
-What an answer gives is what it boxes (`\boxed{...}`), else what follows its last "answer is", else its last candidate.
+What an answer gives is what it boxes last (`\boxed{...}`), else what follows its last "answer is". A number is the
+first one there (the last of an equation), or where nothing is said so, the last of the answer.
 The question is `prompt`, or the last user's turn of `messages`. Code runs only where the environment variable
 QWEN3_JAX_RUN_CODE is 1, since it can do whatever the user can do.
 
-A function of yours takes `(record, thought, answer)`, JSON data, and returns a score or `(score, reason)`. It is called
-in a process of its own and has a minute for each answer.
+A function of yours, at the top of its module, takes `(record, thought, answer)`, JSON data, and returns a score or
+`(score, reason)`. It is called in a process of its own and has a minute for each answer.
 """
 
 from __future__ import annotations
@@ -71,12 +72,15 @@ def judge(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
     """
     name = record.get("verifier", "exact")
     found = find_verifier(name)(record, thought, answer)
-    score, reason = found if isinstance(found, list | tuple) and len(found) == 2 else (found, "")
-    if isinstance(score, bool | int):
-        score = float(score)
+    is_pair = isinstance(found, list | tuple) and len(found) == 2 and isinstance(found[1], str)
+    score, reason = found if is_pair else (found, "")
+    try:
+        score = float(score) if isinstance(score, bool | int) else score
+    except OverflowError:
+        score = math.inf
     if not isinstance(score, float) or not math.isfinite(score):
         raise VerifierError(f"verifier: {name!r} gave {found!r:.60}; use a finite number, or one with a reason")
-    return Verdict(score, str(reason))
+    return Verdict(score, " ".join(reason.split()))
 
 
 def find_verifier(name: Any) -> Verifier:
@@ -94,21 +98,18 @@ def find_verifier(name: Any) -> Verifier:
 
 def contradicts(record: Mapping[str, Any], thought: str, answer: str) -> str:
     """How the result of a thought differs from that of its answer; empty where they agree, or one cannot be told."""
-    verifier, said = record.get("verifier", "exact"), _given(answer)
-    if verifier == "choice":
-        letters = [re.findall(r"\b([A-Z])\b", _given(text)) for text in (thought, answer) if _is_said(text)]
-        first, second = (letters[0][:1], letters[1][:1]) if len(letters) == 2 else ([], [])
-        return (
-            f"{first[0]!r} in the thought, {second[0]!r} in the answer" if first and second and first != second else ""
-        )
-    if verifier == "math" and _is_said(thought):
-        verdict = _math({"answer": said}, "", f"${_given(thought)}$")
+    verifier, first, second = record.get("verifier", "exact"), _said(thought), _said(answer)
+    if verifier == "math" and first is not None:
+        verdict = _math({"answer": answer if second is None else second}, "", f"${first}$")
         return "" if verdict.score else f"the thought's {verdict.reason}"
+    results: list[Any] = []
+    if verifier == "choice" and first is not None and second is not None:
+        results = [_first_letter(first), _first_letter(second)]
     if verifier in ("number", "arithmetic", "exact"):
-        found, wanted = _last_number(_given(thought)), _last_number(said)
-        if found is not None and wanted is not None and found != wanted:
-            return f"{found} in the thought, {wanted} in the answer"
-    return ""
+        results = [_number_given(thought), _number_given(answer)]
+    if None in results or len(set(results)) < 2:
+        return ""
+    return f"{results[0]} in the thought, {results[1]} in the answer"
 
 
 def _own(name: str, record: Mapping[str, Any], thought: str, answer: str) -> Any:
@@ -117,8 +118,10 @@ def _own(name: str, record: Mapping[str, Any], thought: str, answer: str) -> Any
         return deadline.call(module, function, record, thought, answer, seconds=_OWN_SECONDS)
     except TimeoutError as error:
         return Verdict(0.0, str(error))
+    except TypeError as error:
+        raise ValueError(f"record: cannot be given to {name!r} ({error}); use JSON data") from None
     except ValueError as error:
-        raise VerifierError(f"verifier: {name!r} raised {error}; mend it, or use another") from None
+        raise VerifierError(f"verifier: {name!r} {error}; mend it, or use another") from None
 
 
 def _exact(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
@@ -130,23 +133,18 @@ def _choice(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
     wanted = _reference(record).strip().strip("().").upper()
     if not re.fullmatch("[A-Z]", wanted):
         raise ValueError(f"answer: {record['answer']!r}; use a letter")
-    letter = r"\(?\b([A-Z])\b\)?"
-    found = [
-        # What the answer gives; a letter at the start of a line ("B) ..."); or the answer is nothing else.
-        *re.findall(letter, _given(answer) if _is_said(answer) else ""),
-        *re.findall(r"^\W*([A-Z])[).:]", answer, re.MULTILINE)[-1:],
-        *re.findall(rf"\A\W*{letter}\W*\Z", answer),
-    ]
-    return _verdict(found[0] == wanted, found[0], wanted) if found else Verdict(0.0, "no letter found")
+    said = _said(answer)
+    found = _first_letter(said) if said is not None else _only_letter(answer)
+    return Verdict(0.0, "no letter found") if found is None else _verdict(found == wanted, found, wanted)
 
 
 def _number(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
-    wanted, tolerance = _last_number(_reference(record)), record.get("tolerance", 0)
+    wanted, tolerance = _last(_numbers(_reference(record))), record.get("tolerance", 0)
     if wanted is None:
         raise ValueError(f"answer: {record['answer']!r:.60}; use a number")
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance: {tolerance!r}; use a number >= 0")
-    found = _last_number(_given(answer))
+    found = _number_given(answer)
     if found is None:
         return Verdict(0.0, "no number found")
     return _verdict(abs(found - wanted) <= Fraction(tolerance), str(found), str(wanted))
@@ -155,6 +153,8 @@ def _number(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
 def _math(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
     wanted = _reference(record)
     _require("math", "math_verify")
+    if " ".join(answer.split()) == " ".join(wanted.split()):
+        return Verdict(1.0, "right")
     try:
         is_equal = deadline.call("qwen3_jax.tasks.math_answer", "are_equal", wanted, answer, seconds=_SECONDS)
     except (TimeoutError, ValueError) as error:
@@ -182,9 +182,9 @@ def _matches(pattern: str, text: str) -> bool:
 
 
 def _json(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
-    fenced = re.findall(r"```(?:json)?\s*\n(.*?)```", answer, re.DOTALL)
+    fenced = re.findall(r"```(?:json)?[ \t]*\n(.*?)```", answer, re.DOTALL | re.IGNORECASE)
     try:
-        found = json.loads(fenced[-1] if fenced else answer)
+        found = _parsed(fenced[-1] if fenced else answer)
     except (ValueError, RecursionError):
         return Verdict(0.0, "not JSON")
     if record.get("answer") is None:
@@ -192,10 +192,28 @@ def _json(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
     wanted = record["answer"]
     if isinstance(wanted, str):
         try:
-            wanted = json.loads(wanted)
-        except ValueError:
+            wanted = _parsed(wanted)
+        except (ValueError, RecursionError):
             raise ValueError(f"answer: {wanted!r:.60}; use JSON, or leave it out") from None
-    return _verdict(found == wanted, json.dumps(found), json.dumps(wanted))
+    return _verdict(_are_same(found, wanted), json.dumps(found), json.dumps(wanted))
+
+
+def _parsed(text: str) -> Any:
+    def refuse(name: str) -> None:  # NaN and Infinity, which Python reads and JSON does not have
+        raise ValueError(name)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def _are_same(first: Any, second: Any) -> bool:
+    """Equal as JSON: 1 is 1.0, and true is not 1, as it is in Python."""
+    if isinstance(first, bool) or isinstance(second, bool):
+        return first is second
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_are_same(first[key], second[key]) for key in first)
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(_are_same, first, second))
+    return first == second
 
 
 def _mode(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
@@ -206,11 +224,15 @@ def _mode(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
 
 
 def _length(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
-    low, high = record.get("min_words", 0), record.get("max_words", math.inf)
-    if ("min_words" not in record and "max_words" not in record) or not _is_count(low) or not _is_count(high):
-        raise ValueError(f"min_words, max_words: {low!r}, {high!r}; use whole numbers, one of the two or both")
+    low, high = record.get("min_words"), record.get("max_words")
+    given = [limit for limit in (low, high) if limit is not None]
+    if not given or not all(map(_is_count, given)) or given != sorted(given):
+        raise ValueError(
+            f"min_words, max_words: {low!r}, {high!r}; use whole numbers, the first not larger; one is enough"
+        )
     count = len(answer.split())
-    return Verdict(float(low <= count <= high), f"{count} words")
+    is_right = (low is None or low <= count) and (high is None or count <= high)
+    return Verdict(float(is_right), f"{count} words")
 
 
 def _language(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
@@ -230,15 +252,21 @@ def _arithmetic(record: Mapping[str, Any], thought: str, answer: str) -> Verdict
 
 def _gym(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
     metadata = record.get("metadata")
-    if not isinstance(metadata, Mapping) or "source_dataset" not in metadata:
+    if not isinstance(metadata, Mapping) or not isinstance(metadata.get("source_dataset"), str):
         raise ValueError(f"metadata: {metadata!r:.60}; use that of reasoning-gym's problem")
     _require("reasoning-gym", "reasoning_gym")
-    arguments = (metadata, _question(record), record.get("answer"), _given(answer).strip())
+    name = metadata["source_dataset"]
+    # All that follows "answer is" may be it, such as a grid, or its first line.
+    said = _said(answer)
+    readings = [answer.strip()] if said is None else list(dict.fromkeys([said.split("\n")[0].strip(), said.strip()]))
+    arguments = (metadata, _question(record), record.get("answer"), readings)
     try:
-        score = deadline.call("qwen3_jax.tasks.gym", "score", *arguments, seconds=_SECONDS)
+        score = deadline.call("qwen3_jax.tasks.gym_answer", "best_score", *arguments, seconds=_SECONDS)
     except (TimeoutError, ValueError) as error:
         return Verdict(0.0, str(error))
-    return Verdict(score, f"{metadata['source_dataset']}")
+    if score is None:
+        raise ValueError(f"metadata.source_dataset: {name!r:.60}; use a data set of reasoning-gym")
+    return Verdict(score, name)
 
 
 def _code(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
@@ -247,7 +275,7 @@ def _code(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
         raise ValueError(f"tests: {tests!r:.60}; use Python that raises where the code is wrong")
     if os.environ.get(_RUN_CODE) != "1":
         raise VerifierError(f"verifier: 'code' runs what a model wrote; set {_RUN_CODE}=1 where that may do no harm")
-    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", answer, re.DOTALL)
+    blocks = re.findall(r"```(?:python3?|py)?[ \t]*\n(.*?)```", answer, re.DOTALL | re.IGNORECASE)
     problem = run_tests(blocks[-1] if blocks else answer, tests, _CODE_SECONDS)
     return Verdict(float(not problem), problem or "passed")
 
@@ -266,14 +294,15 @@ def _question(record: Mapping[str, Any]) -> str:
     """
     if isinstance(record.get("prompt"), str):
         return record["prompt"]
-    for message in reversed(record.get("messages") or ()):
-        if message.get("role") == "user":
+    messages = record.get("messages")
+    for message in reversed(messages) if isinstance(messages, list | tuple) else ():
+        if isinstance(message, Mapping) and message.get("role") == "user" and isinstance(message.get("content"), str):
             return message["content"]
-    raise ValueError("prompt: missing; use the question, or messages with a user's turn")
+    raise ValueError("prompt: missing; use the question, or messages with a user's turn of text")
 
 
 def _is_count(value: Any) -> bool:
-    return value == math.inf or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 VERIFIERS: dict[str, Verifier] = {
@@ -305,32 +334,50 @@ def _reference(record: Mapping[str, Any]) -> str:
     return str(answer)
 
 
-_SAID = re.compile(r"answer\s*(?:is|:|=)\s*", re.IGNORECASE)
+_SAID = re.compile(r"answer\s*(?:is|:|=)\s*:?[\s*]*", re.IGNORECASE)
 
 
-def _is_said(answer: str) -> bool:
-    return bool(_boxed(answer) or _SAID.search(answer))
-
-
-def _given(answer: str) -> str:
-    """What is boxed last, else the rest of the line after the last "answer is", else all of it."""
-    if boxed := _boxed(answer):
-        return boxed[-1]
+def _said(answer: str) -> str | None:
+    """What is boxed last, else all that follows the last "answer is"; None where there is neither."""
+    if (boxed := _last_boxed(answer)) is not None:
+        return boxed
     said = list(_SAID.finditer(answer))
-    return answer[said[-1].end() :].split("\n")[0] if said else answer
+    return answer[said[-1].end() :] if said else None
 
 
-def _boxed(answer: str) -> list[str]:
-    r"""The contents of each `\boxed{...}`, braces inside it included."""
-    found = []
-    for match in re.finditer(r"\\boxed\s*\{", answer):
-        depth, at = 1, match.end()
-        while at < len(answer) and depth:
-            depth += {"{": 1, "}": -1}.get(answer[at], 0)
-            at += 1
-        if not depth:
-            found.append(answer[match.end() : at - 1])
-    return found
+def _last_boxed(answer: str) -> str | None:
+    r"""The contents of the last `\boxed{...}`, braces inside it included; in one pass, since it may be hostile."""
+    opened: list[int | None] = []  # for each open brace where the contents of its box begin
+    last: tuple[int, int] | None = None
+    for found in re.finditer(r"\\boxed\s*\{|[{}]", answer):
+        if found[0] != "}":
+            opened.append(None if found[0] == "{" else found.end())
+        elif opened and (start := opened.pop()) is not None and (last is None or start > last[0]):
+            last = start, found.start()
+    return None if last is None else answer[slice(*last)]
+
+
+# A letter that is meant: not the article, nor the pronoun, of a sentence.
+_LETTER = r"(?:[B-HJ-Z]|[AI](?!\s+(?!because|since|as\b|is\b)[a-z]))\b"
+
+
+def _first_letter(said: str) -> str | None:
+    """Of what an answer gives: the letter that it begins with."""
+    found = re.match(rf"\W*(?:(?i:option|choice|letter)\W+)?({_LETTER})", said)
+    return found[1] if found else _alone(said)
+
+
+def _only_letter(answer: str) -> str | None:
+    """The letter of an answer that does not say "answer": one that is chosen in words, that begins a line as
+    "B) ...", or that is nothing else."""
+    chosen = re.findall(rf"(?<!not )\b(?i:option|choice|choose|pick|select)\W+({_LETTER})", answer)
+    listed = re.findall(r"^[^\w\n]*([A-Z])[).:]", answer, re.MULTILINE)
+    return next(iter([*chosen[-1:], *listed[-1:]]), None) or _alone(answer)
+
+
+def _alone(text: str) -> str | None:
+    found = re.fullmatch(r"\W*([A-Za-z])\W*", text)
+    return found[1].upper() if found else None
 
 
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
@@ -339,12 +386,30 @@ _NUMBER = re.compile(
 )
 
 
-def _last_number(text: str) -> Fraction | None:
-    """The last number in a text: whole, decimal, with commas in thousands, a fraction, a percentage."""
-    text = _FRACTION.sub(r"\1/\2", text.replace("\u2212", "-"))
-    found = list(_NUMBER.finditer(text))
-    if not found:
-        return None
-    number, divisor, percent = found[-1].groups()
-    value = Fraction(number.replace(",", "")) / (100 if percent else 1)
-    return None if divisor and not int(divisor) else value / int(divisor or 1)
+_MOST_DIGITS = 400
+
+
+def _number_given(answer: str) -> Fraction | None:
+    """Of what an answer gives: the first number before its clause ends, or the last one where it has an equation. Of
+    an answer that says none so, the last of all."""
+    said = _said(answer)
+    if said is None:
+        return _last(_numbers(answer))
+    line = said.split("\n")[0]
+    clause = re.split(r"[,;.](?:\s|$)|\bnot\b", line)[0]
+    found = _numbers(clause) or _numbers(line)[:1]
+    return (found[-1] if "=" in clause else found[0]) if found else None
+
+
+def _numbers(text: str) -> list[Fraction]:
+    """The numbers in a text: whole, decimal, with commas in thousands, fractions, percentages. One with too many digits
+    to be meant is none."""
+    text, found = _FRACTION.sub(r"\1/\2", text.replace("\u2212", "-")), []
+    for number, divisor, percent in _NUMBER.findall(text):
+        if len(number) + len(divisor) <= _MOST_DIGITS and (not divisor or int(divisor)):
+            found.append(Fraction(number.replace(",", "")) / int(divisor or 1) / (100 if percent else 1))
+    return found
+
+
+def _last(numbers: list[Fraction]) -> Fraction | None:
+    return numbers[-1] if numbers else None

@@ -10,4 +10,9 @@ def are_equal(wanted: str, answer: str) -> bool | None:
     gold = math_verify.parse(f"${wanted}$", parsing_timeout=None) or math_verify.parse(wanted, parsing_timeout=None)
     if not gold:
         return None
-    return bool(math_verify.verify(gold, math_verify.parse(answer, parsing_timeout=None), timeout_seconds=None))
+    # An answer that is nothing but a formula may lack its dollars, as the reference may.
+    readings = [answer] if "$" in answer or "\n" in answer.strip() else [answer, f"${answer}$"]
+    return any(
+        math_verify.verify(gold, math_verify.parse(reading, parsing_timeout=None), timeout_seconds=None)
+        for reading in readings
+    )

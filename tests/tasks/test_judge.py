@@ -32,8 +32,14 @@ def score(verifier: str, answer: Any, said: str, thought: str = "", **fields: An
         (
             "choice",
             "B",
-            ["B", "(B).", "The answer is (B).", "Answer: B", r"so \boxed{B}", "A is wrong\nB) because", "**B**"],
-            ["A", "The answer is A, not B", "A cat sat on B", "", "Because"],
+            [
+                *("B", "(B).", "The answer is (B).", "Answer: B", r"so \boxed{B}", "A is wrong\nB) because", "**B**"),
+                *("The answer is:\nB", "The answer is option B.", "Option B", "I choose B", "b", "answer is B since"),
+            ],
+            [
+                *("A", "The answer is A, not B", "A cat sat on B", "", "Because", "The answer is not B"),
+                *("The answer is: A cat, i.e. B", "not option B", "\n" * 60000),
+            ],
         ),
         (
             "number",
@@ -46,15 +52,24 @@ def score(verifier: str, answer: Any, said: str, thought: str = "", **fields: An
                 "42.0",
                 "x = 41 + 1 = 42",
                 "4.2e1",
+                "The answer is 42 since 40+1.",
+                "The answer is 40 + 2 = 42, of course.",
+                "The final answer is:\n\n**42**",
+                "The answer is 42, not 41.",
             ],
-            ["41", "", "forty-two", "421", "1/0", "-42", r"42, no, \boxed{41}"],
+            [
+                *("41", "", "forty-two", "421", "1/0", "-42", r"42, no, \boxed{41}", "The answer is 41, not 42"),
+                *("5" * 5000, "\\boxed{" * 20000, "4" + "2" * 4000),
+            ],
         ),
         ("number", 0.5, ["1/2", r"$\frac{1}{2}$", "50%", r"50\%", ".5"], ["5", "0.50001"]),
         ("number", "1,234,567", ["1234567", "It is 1,234,567 in all"], ["1,234"]),
         ("number", "-3", ["x = -3", "\u22123"], ["10 - 3 is 7", "3"]),
         ("regex", r"(ab)+", ["abab", " ab\n"], ["abba", "xab"]),
         ("json", {"a": [1, 2]}, ['{"a": [1, 2]}', 'Here:\n```json\n{"a": [1, 2]}\n```'], ['{"a": [2, 1]}', "{'a': 1}"]),
-        ("json", None, ["[]", "3"], ["", "NaN is none {"]),
+        ("json", None, ["[]", "3"], ["", "NaN is none {", "NaN", "```" + "\n" * 100_000]),
+        ("json", "1", ["1", "1.0"], ["true", "[1]"]),
+        ("json", {"a": [True]}, ['{"a": [true]}'], ['{"a": [1]}', "[" * 5000 + "]" * 5000]),
     ],
 )
 def test_answers_right_and_wrong(verifier: str, reference: Any, right: list[str], wrong: list[str]) -> None:
@@ -81,7 +96,8 @@ def test_mode_and_length_judge_the_form() -> None:
     ("reference", "right", "wrong"),
     [
         (r"\frac{1}{2}", ["The answer is $0.5$", r"\boxed{\frac{2}{4}}", "1/2"], ["$0.51$", "who knows", ""]),
-        ("x^2+2x+1", [r"$(x+1)^2$"], [r"$(x-1)^2$"]),
+        ("x^2+2x+1", [r"$(x+1)^2$", "(x+1)^2", "1 + 2x + x^2"], [r"$(x-1)^2$", "(x-1)^2"]),
+        ("3:2", ["3:2"], ["2:3"]),
     ],
 )
 def test_mathematics_is_compared_by_value(reference: str, right: list[str], wrong: list[str]) -> None:
@@ -108,9 +124,9 @@ def test_what_hangs_costs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_that_dies_costs_one_call() -> None:
     with pytest.raises(TimeoutError, match=r"^its process died$"):
         deadline.call("os", "_exit", 3, seconds=5)
-    with pytest.raises(ValueError, match=r"^ZeroDivisionError: "):
+    with pytest.raises(ValueError, match=r"^raised ZeroDivisionError: "):
         deadline.call("operator", "truediv", 1, 0, seconds=5)
-    with pytest.raises(ValueError, match=r"^ModuleNotFoundError: "):
+    with pytest.raises(ValueError, match=r"^cannot be imported [(]ModuleNotFoundError: "):
         deadline.call("no_such_module", "f", seconds=5)
     assert deadline.call("operator", "add", 1, 2, seconds=5) == 3
 
@@ -143,6 +159,14 @@ def dies(record, thought, answer):
 def hangs(record, thought, answer):
     time.sleep(60)
 
+def writes_and_hangs(record, thought, answer):
+    os.write(1, b"x")
+    time.sleep(60)
+
+def runs_others(record, thought, answer):
+    os.system("echo hi; cat")
+    return 0.75
+
 def raises(record, thought, answer):
     return 1 / 0
 
@@ -158,19 +182,25 @@ def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert judge({"verifier": "own_verifier:half", "answer": "a"}, "b", "c") == Verdict(0.5, "a b c")
     for value, verdict in ((True, Verdict(1.0, "")), (0.25, Verdict(0.25, "")), (-2, Verdict(-2.0, ""))):
         assert judge({"verifier": "own_verifier:give", "gives": value}, "", "") == verdict
-    for value in (None, "1", float("nan"), (1, 2, 3)):
+    for value in (None, "1", float("nan"), (1, 2, 3), [0.5, 1.0], 10**400):
         with pytest.raises(ValueError, match=r"^verifier: '.*:give' gave .*; use a finite number"):
             judge({"verifier": "own_verifier:give", "gives": value}, "", "")
     assert judge({"verifier": "own_verifier:dies"}, "", "") == Verdict(0.0, "its process died")
-    assert judge({"verifier": "own_verifier:hangs"}, "", "") == Verdict(0.0, "no result in 0.5 s")
-    for name, reason in (
-        ("own_verifier:raises", "ZeroDivisionError: division by zero"),
-        ("own_verifier:missing", "AttributeError: "),
-        ("own_verifier:number", "TypeError: "),
-        ("no_such:f", "ModuleNotFoundError: "),
+    for name in ("hangs", "writes_and_hangs"):
+        assert judge({"verifier": f"own_verifier:{name}"}, "", "") == Verdict(0.0, "no result in 0.5 s")
+    for name, fault in (
+        ("own_verifier:raises", "raised ZeroDivisionError: division by zero"),
+        ("own_verifier:missing", "is no function of own_verifier"),
+        ("own_verifier:number", "is no function of own_verifier"),
+        ("no_such:f", "cannot be imported [(]ModuleNotFoundError: "),
     ):
-        with pytest.raises(ValueError, match=f"^verifier: '{name}' raised {reason}"):
+        with pytest.raises(ValueError, match=f"^verifier: '{name}' {fault}"):
             judge({"verifier": name}, "", "")
+    # What a function writes and reads is not what the process says and hears.
+    assert judge({"verifier": "own_verifier:runs_others"}, "", "") == Verdict(0.75, "")
+    assert judge({"verifier": "own_verifier:half", "answer": "a"}, "b\n", " c") == Verdict(0.5, "a b c")
+    with pytest.raises(ValueError, match=r"^record: cannot be given to 'own_verifier:half'"):
+        judge({"verifier": "own_verifier:half", "answer": {1, 2}}, "", "")
 
 
 def hostile_answers(count: int) -> list[str]:
@@ -234,6 +264,11 @@ def test_problems_of_reasoning_gym() -> None:
     plain = json.loads(json.dumps(first))  # as it is in a file
     assert judge(plain, "", f"So the answer is {first['answer']}") == Verdict(1.0, "chain_sum")
     assert judge(plain, "", "no idea").score < 0.1
+    with pytest.raises(ValueError, match=r"^metadata.source_dataset: 'nope'; use a data set of reasoning-gym"):
+        judge({**plain, "metadata": {"source_dataset": "nope"}}, "", "5")
+    for name in ("rotate_matrix", "arc_agi"):  # an answer of several lines; a score that compares tuples
+        (asked,) = (json.loads(json.dumps(problem)) for problem in problems(name, 1))
+        assert judge(asked, "", f"The answer is:\n{asked['answer']}") == Verdict(1.0, name)
     for name, settings, message in (
         ("chain_sums", {}, "problems: 'chain_sums'; use one of .*chain_sum"),
         ("chain_sum", {"terms": 3}, "problems: chain_sum refuses its settings"),
@@ -264,8 +299,10 @@ def test_code_runs_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
         ("double(n)", "RecursionError: maximum recursion depth exceeded"),
         ("(lambda: [None for _ in iter(int, 1)])()", "no result in 1 s"),
         ("__import__('numpy')", "ModuleNotFoundError: No module named 'numpy'"),
-        ("__import__('subprocess').Popen(['sleep', '60']) and __import__('os')._exit(0)", "no result in 1 s"),
+        ("__import__('subprocess').Popen(['sleep', '60']) and __import__('os')._exit(0)", "ended before its tests"),
         ("open('big', 'wb').write(bytes(2**26))", "OSError: [Errno 27] File too large"),
+        # A process that holds on to what it was given, in a session of its own.
+        ("__import__('subprocess').Popen(['sleep', '60'], start_new_session=True) and m", "NameError"),
     ):
         verdict = judge(asked, "", CODE.format(body))
         assert (verdict.score, verdict.reason[: len(reason)]) == (0.0, reason), body
@@ -291,8 +328,11 @@ def test_code_runs_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"answer": "(", "verifier": "regex"}, r"answer: '\(' is no pattern"),
         ({"answer": "{", "verifier": "json"}, "answer: '{'; use JSON"),
         ({"verifier": "mode"}, "enable_thinking: None; use true or false"),
-        ({"verifier": "length"}, "min_words, max_words: 0, inf; use whole numbers"),
-        ({"verifier": "length", "min_words": "2"}, "min_words, max_words: '2', inf; use whole numbers"),
+        ({"verifier": "length"}, "min_words, max_words: None, None; use whole numbers"),
+        ({"verifier": "length", "min_words": "2"}, "min_words, max_words: '2', None; use whole numbers"),
+        ({"verifier": "length", "min_words": 3, "max_words": 2}, "min_words, max_words: 3, 2; use whole numbers"),
+        ({"verifier": "arithmetic", "messages": ["x", {"role": "user"}]}, "prompt: missing; use the question"),
+        ({"verifier": "arithmetic", "prompt": "What is 2 + 3? And 4?"}, "'What is 2 [+] 3[?] And 4[?]' is no problem"),
     ],
 )
 def test_a_record_that_cannot_be_judged_is_refused(record: dict[str, Any], message: str) -> None:
