@@ -142,6 +142,12 @@ class Request:
             if getattr(self, name) is not None and self.thinking_budget != "auto":
                 raise ValueError(f"{name}: {getattr(self, name)!r}, but thinking_budget is not 'auto'; leave it out")
 
+    def settings(self) -> dict[str, Any]:
+        """The seed, and what else differs from the defaults of this class, but for the prompt and its mode."""
+        fields = {field.name: field.default for field in dataclasses.fields(self) if field.metadata.get("help")}
+        found = {name: getattr(self, name) for name, default in fields.items() if getattr(self, name) != default}
+        return {"seed": self.seed} | found
+
 
 # Settings that a record, or the command line, may give under their own name, each with its help.
 SETTINGS: dict[str, str] = {

@@ -70,7 +70,7 @@ class FilterConfig:
 
 
 def make_filters(config: FilterConfig, verdict: Verdicts, solved: Mapping[str, float]) -> dict[str, Filter]:
-    """The filters that `config` asks for by their names.
+    """The filters that `config` asks for, by the names of its fields.
 
     verdict: judges a response. solved: by query the share that was right without thinking.
 
@@ -81,25 +81,25 @@ def make_filters(config: FilterConfig, verdict: Verdicts, solved: Mapping[str, f
     if config.unverifiable:
         filters["unverifiable"] = lambda response: _unverifiable(response, verdict)
     if (most := config.max_questions) is not None:
-        filters["several questions"] = lambda response: _over(questions(response), most, "questions")
+        filters["max_questions"] = lambda response: _over(questions(response), most, "questions")
     if config.easy_answers is not None:
-        filters["easy"] = lambda response: _easy(solved.get(response.query, 0.0), config.easy_rate)
+        filters["easy_answers"] = lambda response: _easy(solved.get(response.query, 0.0), config.easy_rate)
     if config.incomplete:
         filters["incomplete"] = lambda response: "" if response.is_complete else "cut before its end"
     if config.mode:
         filters["mode"] = _mode
-    filters["wrong"] = lambda response: _wrong(verdict(response), config.min_score)
+    filters["min_score"] = lambda response: _wrong(verdict(response), config.min_score)
     if (share := config.max_repetition) is not None:
-        filters["repeats"] = lambda response: _over(repetition(response.text), share, "of it repeated")
+        filters["max_repetition"] = lambda response: _over(repetition(response.text), share, "of it repeated")
     if (words := config.min_thinking_words) is not None:
-        filters["guesses"] = lambda response: _guesses(response, words)
+        filters["min_thinking_words"] = lambda response: _guesses(response, words)
     if config.agreement:
-        filters["disagrees"] = _disagrees
+        filters["agreement"] = _disagrees
     if (others := config.max_other_languages) is not None:
-        filters["mixes languages"] = lambda response: _mixes(response, others)
+        filters["max_other_languages"] = lambda response: _mixes(response, others)
     if config.validation:
         checker = Checker(config.validation, config.ngram, threshold=0)
-        filters["near validation"] = lambda response: checker.overlap(_all_text(response)) or ""
+        filters["validation"] = lambda response: checker.overlap(_all_text(response)) or ""
     return filters
 
 

@@ -102,6 +102,9 @@ def fuse(
     Raises:
       ValueError: naming the file and line of a record that is not what its list says; or a list without records.
     """
+    for path in (*config.thinking, *config.non_thinking):
+        if target.exists() and Path(path).exists() and target.samefile(path):
+            raise ValueError(f"output: {str(target)!r} is an input; use another file")
     rng = random.Random(config.seed)
     sources = {
         True: _Source(config.thinking, True, "thinking", config.seed),

@@ -23,6 +23,7 @@ class Response:
     query: tells the query from others, whatever flags it has.
     record: what a judge reads, and what is kept for training. messages: the conversation before the response.
     is_complete: it ended by itself, and its thought was not cut.
+    settings: that it was sampled with, its seed among them; empty where the line does not say.
     """
 
     key: tuple[Any, int]
@@ -33,6 +34,7 @@ class Response:
     thought: str
     answer: str
     is_complete: bool = True
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -76,17 +78,19 @@ def _of_answer(record: Mapping[str, Any], number: int) -> Response:
     if end is not None:  # a flag or a budget may have turned thinking off
         record = {**record, "enable_thinking": end != "off"}
     found = _response(record, record.get("line", number), messages, record["thinking"], record["content"])
-    return dataclasses.replace(found, is_complete=ended)
+    return dataclasses.replace(found, is_complete=ended, settings=record.get("settings", {}))
 
 
 # What infer.py tells of an answer; the text is in the conversation.
-_OF_INFER = {"id", "sample", "line", "record", "thinking", "content", "token_ids", "logprobs", "forced", "mode_rule"}
-_OF_INFER |= {"thinking_tokens", "injected_tokens", "answer_tokens", "thinking_end", "finish_reason"}
+_OF_INFER = {"id", "sample", "line", "record", "settings", "thinking", "content", "token_ids", "logprobs", "forced"}
+_OF_INFER |= {"mode_rule", "thinking_tokens", "injected_tokens", "answer_tokens", "thinking_end", "finish_reason"}
 
 
 def _response(
     record: Mapping[str, Any], line: int, messages: Sequence[Mapping[str, Any]], thought: str, answer: str
 ) -> Response:
+    if not isinstance(record.get("labels") or {}, dict):
+        raise ValueError(f"labels: {record['labels']!r:.60}; use an object of texts")
     kept = {name: value for name, value in record.items() if name not in _OF_INFER}
     kept["messages"] = messages
     flag = chat.flag_mode(messages)

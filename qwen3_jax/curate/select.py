@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import operator
@@ -20,6 +22,7 @@ from qwen3_jax.curate.filters import FilterConfig, make_filters
 from qwen3_jax.curate.responses import Response, provenance_of, read_response
 from qwen3_jax.plot import png
 from qwen3_jax.serve.input_file import open_lines
+from qwen3_jax.tasks import deadline
 from qwen3_jax.tasks.judge import Verdict, find_verifier, judge
 
 
@@ -103,7 +106,8 @@ def select(
 
 
 class _Verdicts:
-    """The verdict on each response, in a file that only grows: a run that was killed goes on with it."""
+    """The verdict on each response, in a file that only grows: a run that was killed or failed goes on with it. A
+    verifier that was changed judges anew, and so does one that had no result: the next time it may have one."""
 
     def __init__(self, path: Path, verifier: str) -> None:
         self._path, self._verifier = path, verifier
@@ -120,12 +124,13 @@ class _Verdicts:
 
     def __call__(self, response: Response) -> Verdict:
         record = {"verifier": self._verifier, **response.record}
-        content = json.dumps([record, response.thought, response.answer], sort_keys=True)
-        key = hashlib.sha256(content.encode()).hexdigest()[:24]
+        judged = [record, response.thought, response.answer, _code_of(str(record["verifier"]))]
+        key = hashlib.sha256(json.dumps(judged, sort_keys=True).encode()).hexdigest()[:24]
         if key not in self._held:
-            self._held[key] = judge(record, response.thought, response.answer)
-            self._file.write(json.dumps([key, *self._held[key]]).encode() + b"\n")
-            self._file.flush()
+            self._held[key] = verdict = judge(record, response.thought, response.answer)
+            if not verdict.reason.startswith((deadline.NO_RESULT, deadline.DIED)):
+                self._file.write(json.dumps([key, *verdict]).encode() + b"\n")
+                self._file.flush()
         return self._held[key]
 
     def remove(self) -> None:
@@ -137,6 +142,19 @@ class _Verdicts:
 
     def __exit__(self, *raised: Any) -> None:
         self._file.close()
+
+
+@functools.cache
+def _code_of(verifier: str) -> str:
+    """A digest of the file that a verifier of the user's is in; empty for one of ours."""
+    module, _, function = verifier.partition(":")
+    try:
+        spec = importlib.util.find_spec(module) if function else None
+    except (ImportError, ValueError):  # its parent is not there; `judge` says so
+        spec = None
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        return ""
+    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -237,5 +255,6 @@ def _write(
             record = response.for_training()
             if "weights" in made:
                 name = f"{Path(made['model']).name}@{made['weights'][:8]}"
-                record["labels"] = {**record.get("labels", {}), "made_by": name}
-            put(kept, record | {"provenance": {**made, "verdict": verdict}})
+                record["labels"] = {**(record.get("labels") or {}), "made_by": name}
+            how = {"settings": response.settings, "sample": response.key[1]} if response.settings else {}
+            put(kept, record | {"provenance": {**made, **how, "verdict": verdict}})

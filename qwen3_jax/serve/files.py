@@ -198,7 +198,7 @@ def _agree(source: Path, digest: str, done: list[bool]) -> list[bool]:
 
 def _record(engine: Engine, key: _Sample, prompt: Prompt, result: Result, logprobs: bool) -> dict[str, Any]:
     record = {"id": json.loads(key.line.key), "line": key.line.number, "sample": key.sample, "record": key.line.digest}
-    record |= engine.reader.record(result, prompt)
+    record |= {"settings": prompt.request.settings(), **engine.reader.record(result, prompt)}
     record |= key.carried
     if logprobs:
         record["logprobs"] = [round(value, 6) for value in result.logprobs]

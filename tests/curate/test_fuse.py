@@ -157,6 +157,15 @@ def test_records_with_flags_or_tools_of_their_own_stay_as_they_are(tmp_path: Pat
         assert ("tools" in record) == (record["labels"]["mode"] == "thinking")
 
 
+def test_an_input_is_not_written_over(tmp_path: Path) -> None:
+    given = files(tmp_path)
+    path = Path(given["thinking"][0])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"^output: '.*' is an input; use another file"):
+        fuse(FuseConfig(**given), path)
+    assert path.read_bytes() == before
+
+
 def test_the_command_prints_what_was_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = {name: list(paths) for name, paths in files(tmp_path).items()}
     (tmp_path / "fuse.yaml").write_text(json.dumps({**given, "dialogues": 0.0}))

@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 
 from qwen3_jax.cli.main import main as qwen3_jax
+from qwen3_jax.curate import select as select_module
 from qwen3_jax.curate.filters import FilterConfig, questions, repetition
 from qwen3_jax.curate.responses import read_response
 from qwen3_jax.curate.select import Funnel, select
 from qwen3_jax.data.examples import Encoder
 from qwen3_jax.data.source import DocumentSource
 from qwen3_jax.serve import shipped_model
+from qwen3_jax.tasks import deadline
 from qwen3_jax.text.tokenizer import load_tokenizer
 
 Write = Callable[..., Path]
@@ -55,26 +57,27 @@ def lines(path: Path) -> list[Any]:
 def test_answers_become_training_records(write: Write, tmp_path: Path) -> None:
     """In the order of the queries and samples, whatever order they were finished in."""
     source = write(
-        answered("2 plus 3", "5", id="b", line=2, sample=1, labels={"domain": "math"}),
+        answered("2 plus 3", "5", id="b", line=2, sample=1, labels={"domain": "math"}, settings={"seed": 3}),
         answered("", "6", id="a", line=1, enable_thinking=False),
         answered("2 plus 3", "5", id="b", line=2),
         {"id": "c", "line": 3, "error": "prompt: too long"},
         answered("", "5", id="a", line=1, sample=1, enable_thinking=False, messages=[{"role": "user", "content": "?"}]),
     )
-    source.with_name("in.jsonl.run.json").write_text('{"model": "runs/a", "weights": "0123456789abcdef", "seed": 3}')
+    source.with_name("in.jsonl.run.json").write_text('{"model": "runs/a", "weights": "0123456789abcdef"}')
     out = tmp_path / "out.jsonl"
     funnel = select(source, out)
-    assert funnel == Funnel(4, 2, {"incomplete": 0, "wrong": 1}, {"incomplete": 2, "wrong": 2}, 3, unanswered=1)
+    assert funnel == Funnel(4, 2, {"incomplete": 0, "min_score": 1}, {"incomplete": 2, "min_score": 2}, 3, unanswered=1)
     found = lines(out)
     assert [(record["id"], record["sample"]) for record in found] == [("a", 1), ("b", 0), ("b", 1)]
     assert found[0]["messages"] == [{"role": "user", "content": "?"}, {"role": "assistant", "content": "5"}]
     assert found[2]["messages"][-1] == {"role": "assistant", "reasoning_content": "2 plus 3", "content": "5"}
     assert found[2]["labels"] == {"domain": "math", "made_by": "a@01234567"}
-    made = {"model": "runs/a", "weights": "0123456789abcdef", "seed": 3}
-    assert found[2]["provenance"] == {**made, "verdict": {"score": 1.0, "reason": "right"}}
+    made = {"model": "runs/a", "weights": "0123456789abcdef"}
+    how = {"settings": {"seed": 3}, "sample": 1}
+    assert found[2]["provenance"] == {**made, **how, "verdict": {"score": 1.0, "reason": "right"}}
     assert not {"token_ids", "thinking", "line"} & found[2].keys()
     assert lines(tmp_path / "out.jsonl.rejected.jsonl") == [
-        {"id": "a", "sample": 0, "filter": "wrong", "reason": "score 0: '6' is not '5'"}
+        {"id": "a", "sample": 0, "filter": "min_score", "reason": "score 0: '6' is not '5'"}
     ]
     assert (tmp_path / "out.jsonl.png").stat().st_size > 1000
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -102,24 +105,30 @@ LONG = "so we add the two of them and then we look at what we have "
 FILTERED = [
     # filter, its settings, a response that falls with its reason, and one that does not
     ("unverifiable", {"unverifiable": True}, {"answer": None}, "answer: None; use a text", {}),
-    ("several questions", {"max_questions": 1}, {"prompt": "Why? And how?"}, "2 questions", {"prompt": "Why?"}),
+    ("max_questions", {"max_questions": 1}, {"prompt": "Why? And how?"}, "2 questions", {"prompt": "Why?"}),
     ("incomplete", {}, {"finish_reason": "length"}, "cut before its end", {"finish_reason": "stop"}),
     ("incomplete", {}, {"thinking_end": "budget"}, "cut before its end", {"thinking_end": "off"}),
     ("mode", {"mode": True}, {"thinking": ""}, "no thought, with enable_thinking True", {}),
     ("mode", {"mode": True}, {"thinking_end": "off"}, "a thought, with enable_thinking False", {}),
-    ("wrong", {}, {"content": "6"}, "score 0: '6' is not '5'", {"content": " 5 "}),
-    ("repeats", {"max_repetition": 0.5}, {"thinking": LONG * 9}, "88% of it repeated", {"thinking": LONG * 2}),
-    ("guesses", {"min_thinking_words": 3}, {"thinking": "five then"}, "a thought of 2 words", {"thinking": "2 and 3"}),
-    ("guesses", {"min_thinking_words": 3}, {"thinking": "No idea, I'll guess 5"}, 'says "I\'ll guess"', {}),
+    ("min_score", {}, {"content": "6"}, "score 0: '6' is not '5'", {"content": " 5 "}),
+    ("max_repetition", {"max_repetition": 0.5}, {"thinking": LONG * 9}, "88% of it repeated", {"thinking": LONG * 2}),
     (
-        "disagrees",
+        "min_thinking_words",
+        {"min_thinking_words": 3},
+        {"thinking": "five then"},
+        "a thought of 2 words",
+        {"thinking": "2 and 3"},
+    ),
+    ("min_thinking_words", {"min_thinking_words": 3}, {"thinking": "No idea, I'll guess 5"}, 'says "I\'ll guess"', {}),
+    (
+        "agreement",
         {"agreement": True},
         {"thinking": "2 plus 3 equals 6"},
         "6 in the thought, 5 in the answer",
         {"thinking": "2 plus 3 equals 5"},
     ),
     (
-        "near validation",
+        "validation",
         {"ngram": 5},
         {"prompt": "Say how many apples a man has who has five."},
         "near {}:1",
@@ -132,7 +141,7 @@ FILTERED = [
 def test_each_filter_drops_what_it_says(
     name: str, settings: dict[str, Any], falls: dict[str, Any], reason: str, stays: dict[str, Any], write: Write
 ) -> None:
-    if name == "near validation":
+    if name == "validation":
         path = write({"question": "how many apples a man has"}, name="validation.jsonl")
         settings, reason = {**settings, "validation": (str(path),)}, reason.format(path)
     both = answered("2 plus 3", "5", line=1) | falls, answered("2 plus 3", "5", line=2) | stays
@@ -153,7 +162,7 @@ def test_languages_that_are_mixed_fall(write: Write, tmp_path: Path) -> None:
     source = write(answered(english + german, "5"), answered(english, "5", sample=1))
     assert select(source, tmp_path / "out.jsonl", filters=FilterConfig(max_other_languages=0.2)).kept == 1
     (fell,) = lines(tmp_path / "out.jsonl.rejected.jsonl")
-    assert fell["filter"] == "mixes languages"
+    assert fell["filter"] == "max_other_languages"
     assert fell["reason"].endswith("outside de") or fell["reason"].endswith("outside en")
 
 
@@ -214,6 +223,35 @@ def test_a_run_that_was_killed_judges_nothing_again(write: Write, tmp_path: Path
     assert not (tmp_path / "out.jsonl.verdicts.jsonl").exists()
 
 
+def test_a_verifier_that_was_mended_judges_anew(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the answers that it had judged before it failed; what had no result then is tried again too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "mended_judge.py"
+    source = write(answered("hm", "0"), answered("hm", "1", sample=1))
+    words = ["select", str(source), "out.jsonl", "--verifier", "mended_judge:judge"]
+    for body, message in (
+        ("return 0.0", "none of 2 responses is left"),
+        ("return 1.0 / int(answer)", "raised ZeroDivisionError"),
+        ("import os; os._exit(0) if answer == '0' else None; return 0.5", "none of 2 responses is left"),
+    ):
+        module.write_text(f"def judge(record, thought, answer):\n    {body}\n")
+        select_module._code_of.cache_clear()  # within one run a verifier stays what it is
+        deadline._end()
+        with pytest.raises(SystemExit, match="2"):
+            qwen3_jax(words)
+        assert message in capsys.readouterr().err
+    held = (tmp_path / "out.jsonl.verdicts.jsonl").read_text()
+    assert held.count("\n") == 3  # two of the first, one of the last: a death is no verdict
+    module.write_text("def judge(record, thought, answer):\n    return 1.0\n")
+    select_module._code_of.cache_clear()
+    deadline._end()
+    qwen3_jax(words)
+    assert len(lines(tmp_path / "out.jsonl")) == 2
+
+
 def test_the_command_prints_the_funnel(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(answered("2 plus 3 equals 5", "It is 5."), answered("2 plus 3 equals 6", "It is 5.", sample=1))
     (tmp_path / "f.yaml").write_text("agreement: false\n")
@@ -221,7 +259,7 @@ def test_the_command_prints_the_funnel(write: Write, tmp_path: Path, capsys: pyt
     qwen3_jax([*words, "--filters", str(tmp_path / "f.yaml"), "--agreement", "true"])
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines()]
-    assert ["disagrees", "1", "1", "1"] in rows
+    assert ["agreement", "1", "1", "1"] in rows
     assert "out.jsonl: 1 records" in " ".join(out.split())
 
 
@@ -229,12 +267,15 @@ def test_the_command_prints_the_funnel(write: Write, tmp_path: Path, capsys: pyt
     ("record", "words", "message"),
     [
         ({"answer": None}, [], r"in.jsonl:1: answer: None; use a text or a number"),
-        ({"content": "6"}, [], r"in.jsonl: none of 1 responses is left, 1 fell at 'wrong'; change that filter"),
+        ({"content": "6"}, [], r"in.jsonl: none of 1 responses is left, 1 fell at 'min_score'; change that filter"),
         ({"verifier": "maths"}, [], r"in.jsonl:1: verifier: 'maths'; use one of exact"),
         ({"prompt": None}, [], r"in.jsonl:1: messages: missing, and no prompt; use the answers of infer.py"),
         ({"messages": 3}, [], r"in.jsonl:1: messages: 3; use a list"),
         ({}, ["--verifier", "no"], r"verifier: 'no'; use one of exact"),
-        ({}, ["--verifier", "no_such:f"], r"in.jsonl:1: verifier: 'no_such:f' raised ModuleNotFoundError"),
+        ({}, ["--verifier", "no_such:f"], r"in.jsonl:1: verifier: 'no_such:f' cannot be imported [(]ModuleNotFound"),
+        ({}, ["--verifier", "no_such.module:f"], r"in.jsonl:1: verifier: 'no_such.module:f' cannot be imported"),
+        ({"verifier": 3}, [], r"in.jsonl:1: verifier: 3; use one of exact"),
+        ({"labels": "x"}, [], r"in.jsonl:1: labels: 'x'; use an object of texts"),
         ({}, ["--easy_rate", "0"], r"--easy_rate: 0 drops every query"),
         ({}, ["--max_question", "1"], r"--max_question: no such key; did you mean --max_questions\?"),
         ({}, ["--validation", "no.jsonl"], r"eval: 'no.jsonl' matches no file"),
