@@ -124,7 +124,8 @@ def _linked(tree: Any, left: typing.Mapping[str, str], where: str) -> Any:
     if isinstance(tree, str) and tree.startswith("stage:"):
         name = tree.removeprefix("stage:")
         if name not in left:
-            raise ValueError(f"{where}: {tree!r} is no earlier stage; use one of {', '.join(left) or 'none, a path'}")
+            earlier = f"use one of {', '.join(left)}" if left else "none comes before it; use a path"
+            raise ValueError(f"{where}: {tree!r} is no earlier stage; {earlier}, or move {name!r} up")
         return left[name]
     return tree
 
