@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 
 from qwen3_jax.tasks import arithmetic, deadline
 from qwen3_jax.tasks.code_answer import run_tests
-from qwen3_jax.tasks.language import language_shares
+from qwen3_jax.tasks.language import is_known, language_shares
 
 _SECONDS = 5.0  # for one answer to be parsed
 _OWN_SECONDS = 60.0  # for a function of the user's
@@ -240,6 +240,8 @@ def _language(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
     if not isinstance(wanted, str) or not re.fullmatch("[a-z]{2,3}", wanted):
         raise ValueError(f"language: {wanted!r}; use its code, such as en")
     _require("language", "py3langid")
+    if not is_known(wanted):
+        raise ValueError(f"language: {wanted!r}; use the code of a language that py3langid tells, such as en")
     found = next(iter(language_shares(answer)), "no language")
     return _verdict(found == wanted, found, wanted)
 

@@ -32,6 +32,11 @@ def language_shares(text: str) -> dict[str, float]:
     return {language: count / found.total() for language, count in found.most_common()}
 
 
+def is_known(language: str) -> bool:
+    """Whether it can be told; ISO 639-1."""
+    return language in _identifier().nb_classes
+
+
 @functools.cache
 def _identifier() -> Any:
     try:

@@ -248,6 +248,8 @@ def test_the_language_of_an_answer() -> None:
     assert score("language", None, english, language="en") == 1.0
     assert score("language", None, german, language="en") == 0.0
     assert score("language", None, "42", language="en") == 0.0  # of no language
+    with pytest.raises(ValueError, match=r"^language: 'xx'; use the code of a language that py3langid tells"):
+        score("language", None, english, language="xx")
     code = "```\nfor i in range(3): print(i)\n```"
     assert list(language_shares(f"{english} {code} $x$")) == ["en"]
     mixed = language_shares(f"{english} {german} \u7136\u540e\u6211\u4eec\u628a\u4e24\u4e2a\u6570\u76f8\u52a0\u3002")
