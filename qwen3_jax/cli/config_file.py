@@ -308,9 +308,10 @@ def _one_line(error: BaseException, places: typing.Mapping[str, list[str]] | Non
         within = keys[0].split(".") if len(keys) == 1 else []
         error = error.__cause__
     line = " ".join(part.strip() for part in str(error).splitlines() if part.strip())
-    if found := re.search(r"(?:`([\w.]+)`: )?Missing required field\(s\) `(\w+)`", line):
-        start = ", or init_from, whose it then is" if found[2] in ("model", "tokenizer") else ""
-        return f"{'.'.join(filter(None, found.groups()))}: missing; set it{start}"
+    if found := re.search(r"Missing required field\(s\) `(\w+)`", line):
+        sections = re.findall(r"`([\w.]+)`: ", line[: found.start()])[-1:]
+        start = ", or init_from, whose it then is" if found[1] in ("model", "tokenizer") else ""
+        return f"{'.'.join([*sections, found[1]])}: missing; set it{start}"
     if found := re.match(r"`([\w.]+)`: Couldn't parse (.+) into an? ([\w\[\], .]+)", line):
         return f"{found[1]}: {found[2]}; use a value of type {found[3]}"
     # The class may name the part of the key that leads to it, as "mesh.fsdp" or "sources.NAME.paths".

@@ -116,6 +116,7 @@ def test_what_a_key_holds_as_a_mapping_is_changed_by_name(tmp_path: Path) -> Non
         ({"steps": None}, [], "run.yaml: steps: missing; set it"),
         ({"data": {"sources": []}}, [], "run.yaml: data.tokenizer: missing; set it, or init_from"),
         ({"stepz": 3}, [], "run.yaml: stepz: no such key; did you mean steps?"),
+        ({}, ["--eval_data.tokenizer", "t"], "run.yaml: eval_data.sources: missing; set it"),
         (
             {"optimizer": {"learning_rte": 1, "warmup_steps": 2}},
             [],
