@@ -143,9 +143,10 @@ class Request:
                 raise ValueError(f"{name}: {getattr(self, name)!r}, but thinking_budget is not 'auto'; leave it out")
 
     def settings(self) -> dict[str, Any]:
-        """The seed, and what else differs from the defaults of this class, but for the prompt and its mode."""
+        """The seed, and what else differs from the defaults of this class, but for prompt, mode and sample."""
         fields = {field.name: field.default for field in dataclasses.fields(self) if field.metadata.get("help")}
         found = {name: getattr(self, name) for name, default in fields.items() if getattr(self, name) != default}
+        found.pop("sample", None)
         return {"seed": self.seed} | found
 
 

@@ -76,6 +76,10 @@ def test_each_stage_hands_on_what_it_made(whole: tuple[Path, str]) -> None:
     for record in selected:
         assert record["provenance"]["weights"] == weights
         assert record["provenance"]["model"] == "runs/toy/post/cold_start"
+        # Those of thinking mode, which neither the line nor the stage gives, too.
+        sampled = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_new_tokens": 48, "seed": 0}
+        assert record["provenance"]["settings"] == sampled
+        assert record["provenance"]["sample"] == 0
         assert record["labels"]["made_by"] == f"cold_start@{weights[:8]}"
     assert len(fused) > 10
     assert {record["labels"]["mode"] for record in fused} == {"thinking", "non-thinking"}
