@@ -24,7 +24,7 @@ from rich.table import Column, Table
 from qwen3_jax.curate.files import complete, put
 from qwen3_jax.curate.responses import query_of
 from qwen3_jax.data.records import read_record
-from qwen3_jax.data.source import Document, DocumentSource
+from qwen3_jax.data.source import Document, DocumentSource, expand
 from qwen3_jax.text import chat
 from qwen3_jax.text.records import parse_record
 
@@ -102,9 +102,10 @@ def fuse(
     Raises:
       ValueError: naming the file and line of a record that is not what its list says; or a list without records.
     """
-    for path in (*config.thinking, *config.non_thinking):
-        if target.exists() and Path(path).exists() and target.samefile(path):
-            raise ValueError(f"output: {str(target)!r} is an input; use another file")
+    for name in ("thinking", "non_thinking"):
+        for file in (file for path in getattr(config, name) for file in expand(path, name)):
+            if target.exists() and Path(file).exists() and target.samefile(file):
+                raise ValueError(f"output: {str(target)!r} is an input; use another file")
     rng = random.Random(config.seed)
     sources = {
         True: _Source(config.thinking, True, "thinking", config.seed),

@@ -18,7 +18,7 @@ A record has `verifier`, one of the names below or a function of yours as `modul
 | code | the last code block, or else the answer, passes the tests; see `tasks.code_answer` | `tests`, Python |
 
 What an answer gives is what it boxes last (`\boxed{...}`), else what follows its last "answer is". A number is the
-first one there (the last of an equation), or where nothing is said so, the last of the answer.
+first one there (the last of an equation); without a box or such words, it is the last of the answer.
 The question is `prompt`, or the last user's turn of `messages`. Code runs only where the environment variable
 QWEN3_JAX_RUN_CODE is 1, since it can do whatever the user can do.
 
@@ -392,8 +392,8 @@ _MOST_DIGITS = 400
 
 
 def _number_given(answer: str) -> Fraction | None:
-    """Of what an answer gives: the first number before its clause ends, or the last one where it has an equation. Of
-    an answer that says none so, the last of all."""
+    """The number that an answer gives: the first of the clause in the box or after "answer is", the last one if that
+    clause has an equation. Without a box or such words, the last number of the answer."""
     said = _said(answer)
     if said is None:
         return _last(_numbers(answer))

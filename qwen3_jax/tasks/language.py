@@ -33,7 +33,7 @@ def language_shares(text: str) -> dict[str, float]:
 
 
 def is_known(language: str) -> bool:
-    """Whether it can be told; ISO 639-1."""
+    """Whether py3langid recognises the language of this code (ISO 639-1)."""
     return language in _identifier().nb_classes
 
 

@@ -163,6 +163,8 @@ def test_an_input_is_not_written_over(tmp_path: Path) -> None:
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"^output: '.*' is an input; use another file"):
         fuse(FuseConfig(**given), path)
+    with pytest.raises(ValueError, match=r"^output: '.*' is an input; use another file"):  # by a pattern
+        fuse(FuseConfig(**given | {"thinking": (str(path.with_name(f"{path.stem[:3]}*")),)}), path)
     assert path.read_bytes() == before
 
 
