@@ -79,7 +79,7 @@ class NextToken:
         out = self._forward(params, batch)
         loss, losses_BT, sums = self.token_losses(params, batch, out.hidden)
         sums |= {"loss": loss, **self._apart(losses_BT, batch)}
-        loss /= self.denominator(totals)
+        loss /= jnp.maximum(totals["weights"], 1)
         if out.router is not None:
             before = None if earlier is None else earlier["router"]
             balance, sums["router"] = router_loss(self.router, self._aux_coef, out.router, totals, before)
@@ -92,14 +92,11 @@ class NextToken:
         loss, scores = linear_cross_entropy(hidden_BTD, head_VD, batch["targets"], weights_BT)
         return loss, -scores.logprob, {"correct": (scores.is_best * weights_BT).sum()}
 
-    def denominator(self, totals: Sums) -> jax.Array:
-        """What the sum of the step's losses is divided by."""
-        return jnp.maximum(totals["weights"], 1)
-
     def metrics(self, sums: Sums, totals: Sums) -> Metrics:
-        metrics = {"loss": sums["loss"] / self.denominator(totals)}
+        weights = jnp.maximum(totals["weights"], 1)
+        metrics = {"loss": sums["loss"] / weights}
         if "correct" in sums:
-            metrics["accuracy"] = sums["correct"] / jnp.maximum(totals["weights"], 1)
+            metrics["accuracy"] = sums["correct"] / weights
         for part in ("thought", "answer") if self._markers else ():
             total, count = sums[part]
             metrics[f"loss_{part}"] = jnp.where(count > 0, total / count, jnp.nan)  # a batch may have none
