@@ -80,7 +80,7 @@ def judge(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
         score = math.inf
     if not isinstance(score, float) or not math.isfinite(score):
         raise VerifierError(f"verifier: {name!r} gave {found!r:.60}; use a finite number, or one with a reason")
-    return Verdict(score, " ".join(reason.split()))
+    return Verdict(score, _plain(reason))
 
 
 def find_verifier(name: Any) -> Verifier:
@@ -100,7 +100,13 @@ def contradicts(record: Mapping[str, Any], thought: str, answer: str) -> str:
     """How the result of a thought differs from that of its answer; empty where they agree, or one cannot be told."""
     verifier, first, second = record.get("verifier", "exact"), _said(thought), _said(answer)
     if verifier == "math" and first is not None:
-        verdict = _math({"answer": answer if second is None else second}, "", f"${first}$")
+        shown = answer if second is None else second
+        try:
+            verdict = _math({"answer": _first_line(shown)}, "", f"${_first_line(first)}$")
+        except VerifierError:
+            raise
+        except ValueError:  # the answer is no expression: it is for `judge` to say so
+            return ""
         return "" if verdict.score else f"the thought's {verdict.reason}"
     results: list[Any] = []
     if verifier == "choice" and first is not None and second is not None:
@@ -126,7 +132,7 @@ def _own(name: str, record: Mapping[str, Any], thought: str, answer: str) -> Any
 
 def _exact(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
     wanted = _reference(record)
-    return _verdict(" ".join(answer.split()) == " ".join(wanted.split()), answer, wanted)
+    return _verdict(_plain(answer) == _plain(wanted), answer, wanted)
 
 
 def _choice(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
@@ -153,7 +159,7 @@ def _number(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
 def _math(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
     wanted = _reference(record)
     _require("math", "math_verify")
-    if " ".join(answer.split()) == " ".join(wanted.split()):
+    if _plain(answer) == _plain(wanted):
         return Verdict(1.0, "right")
     try:
         is_equal = deadline.call("qwen3_jax.tasks.math_answer", "are_equal", wanted, answer, seconds=_SECONDS)
@@ -260,7 +266,7 @@ def _gym(record: Mapping[str, Any], thought: str, answer: str) -> Verdict:
     name = metadata["source_dataset"]
     # All that follows "answer is" may be it, such as a grid, or its first line.
     said = _said(answer)
-    readings = [answer.strip()] if said is None else list(dict.fromkeys([said.split("\n")[0].strip(), said.strip()]))
+    readings = [answer.strip()] if said is None else list(dict.fromkeys([_first_line(said).strip(), said.strip()]))
     arguments = (metadata, _question(record), record.get("answer"), readings)
     try:
         score = deadline.call("qwen3_jax.tasks.gym_answer", "best_score", *arguments, seconds=_SECONDS)
@@ -326,7 +332,15 @@ VERIFIERS: dict[str, Verifier] = {
 def _verdict(is_right: bool, found: str, wanted: str) -> Verdict:
     if is_right:
         return Verdict(1.0, "right")
-    return Verdict(0.0, f"{' '.join(found.split())!r:.40} is not {' '.join(wanted.split())!r:.40}")
+    return Verdict(0.0, f"{_plain(found)!r:.40} is not {_plain(wanted)!r:.40}")
+
+
+def _first_line(text: str) -> str:
+    return text.split("\n")[0]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _reference(record: Mapping[str, Any]) -> str:
@@ -397,7 +411,7 @@ def _number_given(answer: str) -> Fraction | None:
     said = _said(answer)
     if said is None:
         return _last(_numbers(answer))
-    line = said.split("\n")[0]
+    line = _first_line(said)
     clause = re.split(r"[,;.](?:\s|$)|\bnot\b", line)[0]
     found = _numbers(clause) or _numbers(line)[:1]
     return (found[-1] if "=" in clause else found[0]) if found else None

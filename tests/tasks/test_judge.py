@@ -17,6 +17,7 @@ from qwen3_jax.tasks import Verdict, deadline, judge
 from qwen3_jax.tasks import judge as judge_function
 from qwen3_jax.tasks.arithmetic import held_out_chains, solve
 from qwen3_jax.tasks.gym import problems
+from qwen3_jax.tasks.judge import contradicts
 from qwen3_jax.tasks.language import language_shares
 
 
@@ -104,6 +105,15 @@ def test_mathematics_is_compared_by_value(reference: str, right: list[str], wron
     pytest.importorskip("math_verify")
     assert [score("math", reference, said) for said in right] == [1.0] * len(right)
     assert [score("math", reference, said) for said in wrong] == [0.0] * len(wrong)
+
+
+def test_a_thought_and_an_answer_that_cannot_be_compared_do_not_contradict() -> None:
+    """Two lines behind "answer is", or no expression: never an error, which would end a file for one row."""
+    pytest.importorskip("math_verify")
+    asked = {"verifier": "math", "answer": "5"}
+    assert contradicts(asked, "The answer is 5\nI am sure.", "The answer is $5$\nGood luck!") == ""
+    assert contradicts(asked, "The answer is 5", "") == ""
+    assert contradicts(asked, "The answer is 6", "The answer is 5").startswith("the thought's '$6$' is not")
 
 
 def test_what_hangs_costs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
