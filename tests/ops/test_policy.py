@@ -124,6 +124,26 @@ def test_a_token_that_the_model_did_not_choose_is_in_nothing(settings: dict[str,
     assert (found[1][~is_out] != 0).any()
 
 
+def test_k2_is_half_the_square_and_k3_has_its_gradient() -> None:
+    given = {name: jnp.asarray(x, jnp.float32) for name, x in arrays().items()}
+    sequences, found = Sequences.of(given["mask"], SEGMENTS), {}
+    for kind in ("k2", "k3"):
+
+        def kl(logprobs: Any, kind: Any = kind) -> Any:
+            policy = Policy(kl_coef=1.0, kl_kind=kind)
+            loss, sums = policy_sums(policy, sequences, logprobs, given["old"], 0 * logprobs, given["ref"])
+            return loss, sums["kl"]
+
+        (_, value), gradient = jax.value_and_grad(kl, has_aux=True)(given["logprobs"])
+        found[kind] = value, gradient
+    d = arrays()["ref"] - arrays()["logprobs"]
+    at = (arrays()["mask"] > 0) & (SEGMENTS > 0)
+    np.testing.assert_allclose(found["k2"][0], (d[at] ** 2 / 2).sum(), rtol=1e-5)
+    np.testing.assert_allclose(found["k3"][0], (np.exp(d[at]) - d[at] - 1).sum(), rtol=1e-5)
+    np.testing.assert_allclose(found["k2"][1], np.where(at, -d, 0), atol=1e-6)
+    np.testing.assert_array_equal(found["k3"][1], found["k2"][1])
+
+
 def test_the_first_update_has_ratios_of_exactly_one() -> None:
     given = arrays()
     for settings in (GRPO, GSPO, SETTINGS["gspo_token"]):
