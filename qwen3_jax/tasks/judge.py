@@ -412,7 +412,9 @@ def _number_given(answer: str) -> Fraction | None:
     if said is None:
         return _last(_numbers(answer))
     line = _first_line(said)
-    clause = re.split(r"[,;.](?:\s|$)|\bnot\b", line)[0]
+    if re.match(r"not\b", line):
+        return None
+    clause = re.split(r"[,;.](?:\s|$)", line)[0]
     found = _numbers(clause) or _numbers(line)[:1]
     return (found[-1] if "=" in clause else found[0]) if found else None
 

@@ -60,6 +60,7 @@ def score(verifier: str, answer: Any, said: str, thought: str = "", **fields: An
             ],
             [
                 *("41", "", "forty-two", "421", "1/0", "-42", r"42, no, \boxed{41}", "The answer is 41, not 42"),
+                "The answer is not 42",
                 *("5" * 5000, "\\boxed{" * 20000, "4" + "2" * 4000),
             ],
         ),
