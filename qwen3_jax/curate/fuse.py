@@ -103,8 +103,8 @@ def fuse(
       ValueError: naming the file and line of a record that is not what its list says; or a list without records.
     """
     for name in ("thinking", "non_thinking"):
-        for file in (file for path in getattr(config, name) for file in expand(path, name)):
-            if target.exists() and Path(file).exists() and target.samefile(file):
+        for source in (source for path in getattr(config, name) for source in expand(path, name)):
+            if target.exists() and Path(source).exists() and target.samefile(source):
                 raise ValueError(f"output: {str(target)!r} is an input; use another file")
     rng = random.Random(config.seed)
     sources = {
