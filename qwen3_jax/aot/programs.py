@@ -129,7 +129,7 @@ def train_step(config: TrainConfig) -> Work:
     program = TrainProgram(config, objective, mesh)
     state, held = program.state.train, dict[str, float]()
     if isinstance(objective, Distill):
-        held["teacher"] = shard_bytes([program.batch[name] for name in objective.teacher_arrays])
+        held["teacher"] = shard_bytes([program.batch[name] for name in objective.teacher.arrays])
     micro = data.batch_size // config.accumulation
     what = "train step" if config.teacher is None else "distillation step"
     return Work(

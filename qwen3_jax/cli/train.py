@@ -16,6 +16,7 @@ from qwen3_jax.cli.config_file import describe_keys, load_config, load_plan
 from qwen3_jax.cli.errors import exits_cleanly
 from qwen3_jax.cli.progress import bar, file_progress
 from qwen3_jax.curate.stages import SampleConfig, SelectConfig, Stopped, run_fuse, run_select, sample
+from qwen3_jax.rl.run import train_on_rollouts
 from qwen3_jax.train import StopSignal, TrainConfig, link_stages, run_plan, train_on_files
 from sharding import start_processes
 
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(stage: Any, stop: StopSignal, console: Console) -> str | None:
     """One run, or one stage of a plan."""
     if isinstance(stage, TrainConfig):
-        return train_on_files(stage, stop, console)
+        learn = train_on_files if stage.rollouts is None else train_on_rollouts
+        return learn(stage, stop, console)
     name = Path(stage.output_dir).name
     try:
         _make_data(stage, name, stop, console)

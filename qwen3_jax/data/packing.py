@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence, Sized
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
-
-from qwen3_jax.data.examples import Example
 
 # More open rows leave less padding, but more documents are drawn before the first row is complete. With documents of
 # 4,096 to 32,768 tokens in rows of 32,768, 16 open rows leave 5 % of padding, and 8 leave 7 %.
@@ -19,6 +17,15 @@ OPEN_ROWS = 16
 MAX_AGE = 4 * OPEN_ROWS
 
 S = TypeVar("S", bound=Sized)
+
+
+class Segment(Sized, Protocol):
+    """What is packed: ids, and a mask that is 1 for those in the loss."""
+
+    @property
+    def tokens_N(self) -> np.ndarray: ...
+    @property
+    def loss_mask_N(self) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(eq=False)
@@ -61,7 +68,7 @@ class OpenRows(Generic[S]):
         return closed.items
 
 
-def to_arrays(row: Sequence[Example], length: int, pad_id: int) -> dict[str, np.ndarray]:
+def to_arrays(row: Sequence[Segment], length: int, pad_id: int) -> dict[str, np.ndarray]:
     """The arrays of a row: its tokens, and what each position predicts.
 
     Position t predicts token t + 1 if that is in the same segment; its weight is 1 if that is in the loss.

@@ -99,7 +99,7 @@ def policy_loss(
     sequences = Sequences.of(mask_BT, segment_ids_BT)
     given = (logprobs_BT, old_logprobs_BT, advantages_BT, ref_logprobs_BT, sampler_logprobs_BT)
     arrays: list[Any] = [None if x is None else jnp.asarray(x, jnp.float32) for x in given]
-    total, sums = policy_sums(policy, sequences, *arrays)
+    total, sums, _ = policy_sums(policy, sequences, *arrays)
     counts = sequences.counts()
     tokens = jnp.maximum(counts["tokens"], 1)
     return total / policy.denominator(counts), {name: value / tokens for name, value in sums.items()}
@@ -152,8 +152,11 @@ def policy_sums(
     advantages_BT: jax.Array,
     ref_logprobs_BT: jax.Array | None = None,
     sampler_logprobs_BT: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`(loss before it is divided by policy.denominator, sums over tokens)`; both add up over micro-batches."""
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
+    """`(loss before it is divided by policy.denominator, sums over tokens, largest values)` of a part of a step.
+
+    The first two add up over micro-batches. The last has the largest `sampler_gap`, |log p_old - log p_sampler|.
+    """
     mask_BT = sequences.mask_BT
 
     def log_ratio(above_BT: jax.Array, below_BT: jax.Array) -> jax.Array:
@@ -200,4 +203,5 @@ def policy_sums(
     if policy.aggregation == "seq-mean":
         weights_BT /= jnp.maximum(sequences.at_tokens(sequences.sums(mask_BT)), 1)
     sums = {name: (mask_BT * jax.lax.stop_gradient(x_BT)).sum() for name, x_BT in terms.items()}
-    return (weights_BT * loss_BT).sum(), sums
+    largest = {} if sampler_logprobs_BT is None else {"sampler_gap": (mask_BT * terms["sampler_gap"]).max()}
+    return (weights_BT * loss_BT).sum(), sums, largest

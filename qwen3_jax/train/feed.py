@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
@@ -18,7 +20,13 @@ from qwen3_jax.train.objective import Batch, batch_structs
 
 
 class Feed(Protocol):
-    """Endless batches for an objective. All processes of a run call it alike."""
+    """Endless batches for an objective. All processes of a run call it alike.
+
+    numbers: what the host knows of the batch last returned, for the metrics of its step; the same on all processes.
+    """
+
+    @property
+    def numbers(self) -> Mapping[str, float]: ...
 
     def next(self, params: Any) -> Batch:
         """The next batch, as global arrays sharded as `batch_structs` says.
@@ -40,11 +48,13 @@ class Feed(Protocol):
 class FileFeed:
     """Packed documents; each process reads the rows that its devices hold.
 
-    survey: what the first documents show.
+    survey: what the first documents show. numbers: none.
 
     Raises:
       ValueError: for files that do not fit, or a batch that does not divide over the mesh.
     """
+
+    numbers: Mapping[str, float] = MappingProxyType({})
 
     def __init__(self, config: DataConfig, mesh: Mesh, accumulation: int = 1) -> None:
         self._config = config
@@ -78,15 +88,7 @@ class FileFeed:
     def describe(self, directory: Path) -> None:
         """The catalogue of the sources, the tokenizer, and the ids at which the trained model ends."""
         write_catalogue(self._config, directory)
-        for file in (Path(self._config.tokenizer) / name for name in TOKENIZER_FILES):
-            if file.is_file():
-                shutil.copyfile(file, directory / file.name)
-        # A base model that learns conversations ends its turns from now on, and is read as a model that does.
-        found, ends = self.survey, directory / GENERATION_CONFIG
-        if (found.has_chats and found.form.is_base) or not ends.exists():
-            im_end, end_of_text = load_tokenizer(self._config.tokenizer).eos_ids
-            eos = [im_end, end_of_text] if found.has_chats else end_of_text
-            ends.write_text(json.dumps({"bos_token_id": end_of_text, "eos_token_id": eos}, indent=2) + "\n")
+        describe_tokenizer(self._config, directory, has_chats=self.survey.has_chats, is_base=self.survey.form.is_base)
 
     def _put(self, name: str, rows: np.ndarray) -> jax.Array:
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -97,3 +99,16 @@ class FileFeed:
 
         struct = self._structs[name]
         return jax.make_array_from_callback(struct.shape, struct.sharding, shard)
+
+
+def describe_tokenizer(config: DataConfig, directory: Path, *, has_chats: bool, is_base: bool) -> None:
+    """Leaves the tokenizer in a run's directory, and the ids at which the trained model ends."""
+    for file in (Path(config.tokenizer) / name for name in TOKENIZER_FILES):
+        if file.is_file():
+            shutil.copyfile(file, directory / file.name)
+    # A base model that learns conversations ends its turns from now on, and is read as a model that does.
+    ends = directory / GENERATION_CONFIG
+    if (has_chats and is_base) or not ends.exists():
+        im_end, end_of_text = load_tokenizer(config.tokenizer).eos_ids
+        eos = [im_end, end_of_text] if has_chats else end_of_text
+        ends.write_text(json.dumps({"bos_token_id": end_of_text, "eos_token_id": eos}, indent=2) + "\n")

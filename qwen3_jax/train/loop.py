@@ -74,7 +74,7 @@ def train(
                 ledger.book("step" if reporter.waits() else "data", time.perf_counter() - began)
                 with ledger.phase("step"):
                     state, metrics = train_step(state, batch)
-                    failure = reporter.add(step, metrics, batch)
+                    failure = reporter.add(step, metrics, batch, dict(feed.numbers))
 
                 reason = stop.asked()
                 is_last = step == config.steps or reason is not None

@@ -54,9 +54,13 @@ class NextToken:
     ) -> None:
         self.model, self.router, self._markers = model, router or RouterConfig(), markers
         self.arrays: Mapping[str, BatchArray] = packed_arrays(rows, length)
-        self.tokens = rows * length
+        self.tokens, self.updates, self.may_be_empty = rows * length, 1, False
+        self.limits: Mapping[str, float] = {}
         self.flops = self.tokens * train_flops_per_token(model.config, length)
         self._aux_coef = model.config.router_aux_loss_coef if model.config.num_experts else 0.0
+
+    def before(self, params: Any, micro_batches: Batch) -> Batch:
+        return {}
 
     def totals(self, params: Any, micro_batches: Batch) -> Sums:
         valid_ABT = micro_batches["segment_ids"] > 0
@@ -79,7 +83,7 @@ class NextToken:
         out = self._forward(params, batch)
         loss, losses_BT, sums = self.token_losses(params, batch, out.hidden)
         sums |= {"loss": loss, **self._apart(losses_BT, batch)}
-        loss /= jnp.maximum(totals["weights"], 1)
+        loss /= self.denominator(totals)
         if out.router is not None:
             before = None if earlier is None else earlier["router"]
             balance, sums["router"] = router_loss(self.router, self._aux_coef, out.router, totals, before)
@@ -92,11 +96,14 @@ class NextToken:
         loss, scores = linear_cross_entropy(hidden_BTD, head_VD, batch["targets"], weights_BT)
         return loss, -scores.logprob, {"correct": (scores.is_best * weights_BT).sum()}
 
+    def denominator(self, totals: Sums) -> jax.Array:
+        """Of the sum of the tokens' losses, over the whole update."""
+        return jnp.maximum(totals["weights"], 1)
+
     def metrics(self, sums: Sums, totals: Sums) -> Metrics:
-        weights = jnp.maximum(totals["weights"], 1)
-        metrics = {"loss": sums["loss"] / weights}
+        metrics = {"loss": sums["loss"] / self.denominator(totals)}
         if "correct" in sums:
-            metrics["accuracy"] = sums["correct"] / weights
+            metrics["accuracy"] = sums["correct"] / self.denominator(totals)
         for part in ("thought", "answer") if self._markers else ():
             total, count = sums[part]
             metrics[f"loss_{part}"] = jnp.where(count > 0, total / count, jnp.nan)  # a batch may have none

@@ -9,6 +9,9 @@ are sums over the step, taken first.
     the step's loss, gradient, sums = the sums over m of loss_m, of its gradient, of sums_m
     metrics = objective.metrics(sums, totals)
 
+A step may have several updates, each on its part of the batch; all of this is then done for each of them, and the
+metrics are means over them.
+
 Arrays are global: a sum over rows or tokens in these functions is over all devices, and XLA makes it an all-reduce.
 """
 
@@ -19,13 +22,14 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from sharding import partition_spec
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-Sums = dict[str, Any]  # trees of arrays that add up over micro-batches and over batches
+Sums = dict[str, Any]  # trees of arrays, put together over micro-batches and over batches by `add_sums`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,21 +49,32 @@ class Objective(Protocol):
     """What a batch holds and what its loss is. All functions are traced; `params` are the float32 weights.
 
     arrays: a step's batch, by name. tokens: of a step, for rates. flops: that a step needs, for its MFU.
+    updates: of the weights in a step. may_be_empty: whether a micro-batch may be padding alone (`segment_ids` of 0); it
+      is then passed over. limits: metrics that a run warns of when they are above the number.
     """
 
     arrays: Mapping[str, BatchArray]
     tokens: int
     flops: float
+    updates: int
+    may_be_empty: bool
+    limits: Mapping[str, float]
+
+    def before(self, params: Any, micro_batches: Batch) -> Batch:
+        """Further arrays [micro-batches, ...] that depend on the weights before the step's first update.
+
+        `micro_batches` are those of the whole step, as in `totals`.
+        """
 
     def totals(self, params: Any, micro_batches: Batch) -> Sums:
-        """Sums over the step that the loss of each micro-batch needs, above all its denominators.
+        """Sums over an update that the loss of each micro-batch needs, above all its denominators.
 
         `micro_batches` are the arrays cut into [micro-batches, rows, ...]. What only the network can count is counted
         here, by a forward pass over them: `NextToken` does so for the exact balance loss.
         """
 
     def loss(self, params: Any, batch: Batch, totals: Sums, earlier: Sums | None) -> tuple[jax.Array, Sums]:
-        """`(part of the step's loss, sums for metrics)` of one micro-batch.
+        """`(part of the update's loss, sums for metrics)` of one micro-batch.
 
         `earlier` is the sum of the micro-batches before this one, zeros or None for the first.
         """
@@ -67,6 +82,11 @@ class Objective(Protocol):
     def metrics(self, sums: Sums, totals: Sums) -> Metrics:
         """Scalars, [L] and [L, E] (L layers, E experts) by name. The guard and the progress bar read `loss`; an
         evaluation reports it, and what else begins with `loss`. Both arguments may be added up over several batches."""
+
+
+def add_sums(one: Sums, other: Sums) -> Sums:
+    """Of both together: sums add up, and of what is under "largest" the larger one counts."""
+    return {name: jax.tree.map(jnp.maximum if name == "largest" else jnp.add, one[name], other[name]) for name in one}
 
 
 def batch_structs(

@@ -49,9 +49,9 @@ class TrainProgram:
 
     def __init__(self, config: TrainConfig, objective: Objective, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
-        optimizer = make_optimizer(config.optimizer, config.steps)
+        optimizer = make_optimizer(config.optimizer, config.steps * objective.updates)
         self.replicated = NamedSharding(mesh, PartitionSpec())
-        self.batch = batch_structs(objective.arrays, mesh, config.accumulation)
+        self.batch = batch_structs(objective.arrays, mesh, config.accumulation * objective.updates)
         # Only divisibility matters: rows by the mesh, tokens by 2 x context.
         sample = np.zeros((mesh.size, 2 * mesh.size), np.int32)
         init = functools.partial(Qwen3(config.model, stacked=True).init, tokens_BT=sample)

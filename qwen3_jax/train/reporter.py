@@ -43,7 +43,7 @@ class Reporter:
     ) -> None:
         self._config, self._objective, self._directory = config, objective, directory
         self._ledger, self._console = ledger, console
-        self._schedule = make_schedule(config.optimizer, config.steps)
+        self._schedule = make_schedule(config.optimizer, config.steps * objective.updates)
         self._peak, peak_source = peak_flops(jax.devices(), config.compute.dtype)
         self._announce(mesh, start, peak_source)
         self._log = MetricsLog(directory.files, start) if jax.process_index() == 0 else None
@@ -57,25 +57,25 @@ class Reporter:
             console=console,
         )
         self._task = self._progress.add_task("", total=config.steps, completed=start, status="compiling")
-        self._added: tuple[int, Metrics, Batch] | None = None
+        self._added: tuple[int, Metrics, Batch, dict[str, float]] | None = None
         self._failure: str | None = None
         self._clock = ledger.stepping()  # when the last report ended
         self._last_line = 0.0
 
-    def add(self, step: int, metrics: Metrics, batch: Batch) -> str | None:
-        """Reports the step added before, once the devices have done it; this one is reported later.
+    def add(self, step: int, metrics: Metrics, batch: Batch, numbers: dict[str, float]) -> str | None:
+        """Reports the step added before, once the devices have done it; this one is reported later, with `numbers`.
 
         Returns: why the run must end, None if it continues. Too many bad steps in a row end it.
         """
         failure = self.flush()
-        self._added = (step, metrics, batch)
+        self._added = (step, metrics, batch, numbers)
         return failure
 
     def flush(self, extra: dict[str, float] | None = None) -> str | None:
         """Reports the step added last, once the devices have done it, with `extra` numbers; returns what `add` does."""
         if self._added is not None:
-            (step, metrics, batch), self._added = self._added, None
-            numbers = self._report(step, jax.device_get(metrics), extra or {})
+            (step, metrics, batch, known), self._added = self._added, None
+            numbers = self._report(step, jax.device_get(metrics), known | (extra or {}))
             if numbers["skipped"] and numbers["skipped_in_row"] >= self._config.max_bad_steps:
                 self._failure = self._failure or self._give_up(step, numbers, batch)
         return self._failure
@@ -93,6 +93,8 @@ class Reporter:
         self._clock += seconds
         rate, mfu = tokens / seconds, self._objective.flops / seconds / self._peak
         status = f"loss {numbers['loss']:.4f}  {rate:,.0f} tokens/s  MFU {mfu:.1%}"
+        if "reward" in extra:
+            status = f"reward {extra['reward']:.3f}  {status}"
         if "eval_loss" in extra:
             said = ", ".join(f"{name} {value:.4f}" for name, value in extra.items() if math.isfinite(value))
             self._console.print(f"step {step:,}: {said}", highlight=False, soft_wrap=True)
@@ -103,8 +105,12 @@ class Reporter:
             self._console.print(f"step {step:,}/{self._config.steps:,}: {status}", highlight=False, soft_wrap=True)
         if numbers["skipped"]:
             self._console.print(f"step {step} skipped: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}")
-        if self._log and (step % self._config.log_every == 0 or is_last or extra):
-            taken = step - int(numbers["skipped_total"])  # the schedule counts the steps taken
+        for name, limit in self._objective.limits.items():
+            if numbers[name] > limit:
+                self._console.print(f"step {step}: {name} {numbers[name]:.4g} is above {limit}", highlight=False)
+        if self._log and (step % self._config.log_every == 0 or is_last or "eval_loss" in extra):
+            # The schedule counts the updates of the steps taken.
+            taken = (step - int(numbers["skipped_total"])) * self._objective.updates
             numbers |= {"learning_rate": float(self._schedule(max(taken - 1, 0))), "tokens": step * tokens}
             numbers |= {"tokens_per_second": rate, "mfu": mfu, "time/goodput": self._ledger.goodput()}
             times = {f"time/{name}": round(value, 3) for name, value in self._ledger.seconds().items()}

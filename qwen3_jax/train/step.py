@@ -6,6 +6,7 @@ Shapes: A micro-batches.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import optax
 from flax import struct
 
 from qwen3_jax.train.feed import Feed
-from qwen3_jax.train.objective import Batch, Metrics, Objective, Sums
+from qwen3_jax.train.objective import Batch, Metrics, Objective, Sums, add_sums
 from sharding import constrain
 
 _MEMORY = 0.98  # of the usual loss: it forgets half in 34 steps
@@ -61,35 +62,54 @@ def make_train_step(
     """`step(state, batch) -> (state, metrics)`, to be jitted; the objective's metrics and `grad_norm`.
 
     Args:
-      accumulation: micro-batches, one after the other; they change the memory of a step, not its result.
+      accumulation: micro-batches of an update, one after the other; they change the memory of a step, not its result.
       shardings: of the weights. Gradients keep them until the optimiser takes its parts: XLA:TPU would otherwise
         reduce-scatter gradients over `data` in each layer, and wait for it there.
     """
     gradient = jax.value_and_grad(objective.loss, has_aux=True)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        micro, shared = micro_batches(objective, batch, objective.updates * accumulation)
+        micro |= objective.before(state.params, micro | shared)
+        if objective.updates == 1:
+            return update(state, micro, shared)
+        parts = {name: x.reshape(objective.updates, accumulation, *x.shape[1:]) for name, x in micro.items()}
+        state, metrics = jax.lax.scan(lambda state, part: update(state, part, shared), state, parts)
+        return state, jax.tree.map(lambda x: x.mean(axis=0), metrics)
+
+    def update(state: TrainState, micro: Batch, shared: Batch) -> tuple[TrainState, Metrics]:
         params = state.params
-        micro, shared = micro_batches(objective, batch, accumulation)
         totals = objective.totals(params, micro | shared)
         first = jax.tree.map(lambda x: x[0], micro) | shared
         if accumulation == 1:
             (_, sums), grads = gradient(params, first, totals, None)
         else:
 
-            def add(carry: Any, part: Batch) -> tuple[Any, None]:
+            def add(carry: tuple[Sums, Any], part: Batch) -> tuple[Sums, Any]:
                 (_, sums), grads = gradient(params, part | shared, totals, carry[0])
-                return jax.tree.map(jnp.add, carry, (sums, grads)), None
+                return add_sums(carry[0], sums), jax.tree.map(jnp.add, carry[1], grads)
 
             (_, sums), grads = jax.eval_shape(gradient, params, first, totals, None)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (sums, grads))
-            (sums, grads), _ = jax.lax.scan(add, zeros, micro)
+            one = unless_empty(add) if objective.may_be_empty else add
+            (sums, grads), _ = jax.lax.scan(lambda carry, part: (one(carry, part), None), zeros, micro)
         if shardings is not None:
             grads = jax.lax.with_sharding_constraint(grads, shardings)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, params)
+        changes, optimizer_state = optimizer.update(grads, state.optimizer, params)
         metrics = objective.metrics(sums, totals) | {"grad_norm": optax.tree.norm(grads)}
-        return TrainState(optax.apply_updates(params, updates), optimizer_state), metrics
+        return TrainState(optax.apply_updates(params, changes), optimizer_state), metrics
 
     return step
+
+
+def unless_empty(function: Callable[[Any, Batch], Any]) -> Callable[[Any, Batch], Any]:
+    """`function(found, part)`, or `found` as it is where the micro-batch `part` is padding alone."""
+
+    def passing_over(found: Any, part: Batch) -> Any:
+        is_filled = (part["segment_ids"] > 0).any()
+        return jax.lax.cond(is_filled, function, lambda found, part: found, found, part)
+
+    return passing_over
 
 
 def skip_bad_steps(
@@ -155,7 +175,7 @@ class HeldOut:
 
         @jax.jit
         def losses_of(parts: list[tuple[Sums, Sums]]) -> Metrics:
-            metrics = objective.metrics(*jax.tree.map(lambda *x: sum(x), *parts))
+            metrics = objective.metrics(*(functools.reduce(add_sums, kind) for kind in zip(*parts, strict=True)))
             return {name: value for name, value in metrics.items() if name.startswith("loss")}
 
         self._sums_of, self._losses_of = sums_of, losses_of

@@ -12,8 +12,9 @@ from rich.console import Console
 from qwen3_jax.model import Qwen3
 from qwen3_jax.text.tokenizer import fingerprint, load_tokenizer
 from qwen3_jax.train.config import TrainConfig
-from qwen3_jax.train.distill import Distill, TeacherFeed
+from qwen3_jax.train.distill import Distill
 from qwen3_jax.train.feed import Feed, FileFeed
+from qwen3_jax.train.frozen import Frozen
 from qwen3_jax.train.loop import train
 from qwen3_jax.train.next_token import Markers, NextToken
 from qwen3_jax.train.objective import batch_structs
@@ -23,16 +24,26 @@ from qwen3_jax.train.stop import StopSignal
 from sharding import make_mesh
 
 
+def make_network(config: TrainConfig) -> Qwen3:
+    """The network, computed as `config.compute` says."""
+    return Qwen3(config.model, stacked=True, **_compute(config))
+
+
+def _compute(config: TrainConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config.compute) | {"dtype": jnp.dtype(config.compute.dtype)}
+
+
 def make_objective(config: TrainConfig, markers: Markers | None = None) -> NextToken:
-    """The next token, or with `config.teacher` its distribution; the network is computed as `config.compute` says."""
-    compute = dataclasses.asdict(config.compute) | {"dtype": jnp.dtype(config.compute.dtype)}
-    model = Qwen3(config.model, stacked=True, **compute)
-    student = (model, config.data.batch_size, config.data.sequence_length, config.router, markers)
+    """The next token, or with `config.teacher` its distribution."""
+    student = (make_network(config), config.data.batch_size, config.data.sequence_length, config.router, markers)
     if config.teacher is None:
         return NextToken(*student)
     # Every token of the teacher's counts: no expert of its own drops one.
-    whole = compute | {"capacity_factor": None, "expert_dispatch": config.teacher.expert_dispatch, "remat": False}
-    return Distill(config.teacher, Qwen3(config.teacher.model, stacked=True, **whole | {"keep": ()}), *student)
+    whole = {"capacity_factor": None, "expert_dispatch": config.teacher.expert_dispatch, "remat": False, "keep": ()}
+    teacher = Qwen3(config.teacher.model, stacked=True, **_compute(config) | whole)
+    objective = Distill(config.teacher, Frozen("teacher", teacher), *student)
+    objective.may_be_empty = config.rollouts is not None
+    return objective
 
 
 def train_on_files(config: TrainConfig, stop: StopSignal, console: Console) -> str | None:
@@ -52,10 +63,10 @@ def train_on_files(config: TrainConfig, stop: StopSignal, console: Console) -> s
     files = FileFeed(config.data, mesh, config.accumulation)
     _announce(files, "data", console)
     objective = make_objective(config, files.markers)
-    teacher = _teacher(config, objective, mesh, console) if isinstance(objective, Distill) else None
+    teacher = teacher_weights(config, objective, mesh, console) if isinstance(objective, Distill) else None
 
     def with_teacher(feed: FileFeed) -> Feed:
-        return feed if teacher is None else TeacherFeed.of(feed, teacher)
+        return objective.teacher.feed(feed, teacher) if isinstance(objective, Distill) else feed
 
     held_out = None
     if config.eval_data is not None:
@@ -65,7 +76,7 @@ def train_on_files(config: TrainConfig, stop: StopSignal, console: Console) -> s
     return train(config, objective, with_teacher(files), mesh, stop, console, held_out)
 
 
-def _teacher(config: TrainConfig, objective: Distill, mesh: Mesh, console: Console) -> Any:
+def teacher_weights(config: TrainConfig, objective: Distill, mesh: Mesh, console: Console) -> Any:
     """The weights of the teacher, in the dtype of the computation."""
     assert config.teacher is not None
     source = config.teacher.init_from
@@ -78,8 +89,8 @@ def _teacher(config: TrainConfig, objective: Distill, mesh: Mesh, console: Conso
     def announce(text: str) -> None:
         console.print(f"teacher  {text}", highlight=False, soft_wrap=True)
 
-    structs = batch_structs(objective.teacher_arrays, mesh)
-    return load_weights("teacher.", source, config.teacher.model, objective.nested(structs), mesh, announce)
+    params = objective.teacher.params(batch_structs(objective.teacher.arrays, mesh))
+    return load_weights("teacher.", source, config.teacher.model, params, mesh, announce)
 
 
 def _announce(feed: FileFeed, name: str, console: Console) -> None:

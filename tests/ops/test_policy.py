@@ -131,7 +131,7 @@ def test_k2_is_half_the_square_and_k3_has_its_gradient() -> None:
 
         def kl(logprobs: Any, kind: Any = kind) -> Any:
             policy = Policy(kl_coef=1.0, kl_kind=kind)
-            loss, sums = policy_sums(policy, sequences, logprobs, given["old"], 0 * logprobs, given["ref"])
+            loss, sums, _ = policy_sums(policy, sequences, logprobs, given["old"], 0 * logprobs, given["ref"])
             return loss, sums["kl"]
 
         (_, value), gradient = jax.value_and_grad(kl, has_aux=True)(given["logprobs"])
@@ -176,8 +176,7 @@ def test_the_loss_of_a_step_does_not_depend_on_how_its_rows_are_cut() -> None:
             names = ("logprobs", "old", "advantages", "mask", "sampler")
             logprobs, old, advantages, mask, sampler = (given[name][rows] for name in names)
             sequences = Sequences.of(mask, segments)
-            total = policy_sums(policy, sequences, logprobs, old, advantages, sampler_logprobs_BT=sampler)
-            sums.append(total)
+            sums.append(policy_sums(policy, sequences, logprobs, old, advantages, sampler_logprobs_BT=sampler)[:2])
             counts.append(sequences.counts())
         (loss, sums), counts = (jax.tree.map(lambda *x: sum(x), *trees) for trees in (sums, counts))
         return loss / policy.denominator(counts), sums

@@ -27,7 +27,8 @@ from qwen3_jax.model import Qwen3
 from qwen3_jax.serve import shipped_model
 from qwen3_jax.tasks.arithmetic import write_dataset
 from qwen3_jax.train.config import TeacherConfig
-from qwen3_jax.train.distill import Distill, TeacherFeed
+from qwen3_jax.train.distill import Distill
+from qwen3_jax.train.frozen import Frozen
 from qwen3_jax.train.next_token import NextToken, in_thought
 from qwen3_jax.train.objective import batch_structs
 from qwen3_jax.train.step import TrainState, make_train_step
@@ -67,7 +68,7 @@ def objective(student: Any, teacher: Any, beta: float = 0.3) -> Distill:
     config = TeacherConfig(teacher, "nowhere", beta=beta, temperature=2.0)
     options = {"stacked": True, "dtype": jnp.dtype("float32")}
     model, teacher_model = Qwen3(student, expert_dispatch="ragged", **options), Qwen3(teacher, **options)
-    return Distill(config, teacher_model, model, ROWS, LENGTH, None, MARKERS)
+    return Distill(config, Frozen("teacher", teacher_model), model, ROWS, LENGTH, None, MARKERS)
 
 
 def step(made: Distill, student: Any, teacher: Any, mesh: MeshConfig, accumulation: int = 1) -> tuple[Any, Any]:
@@ -76,7 +77,7 @@ def step(made: Distill, student: Any, teacher: Any, mesh: MeshConfig, accumulati
     boxed = jax.eval_shape(made.model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     shardings = named_shardings(boxed, found)
     structs = batch_structs(made.arrays, found, accumulation)
-    batch = TeacherFeed.of(None, teacher).arrays | rows()  # type: ignore[arg-type]
+    batch = made.teacher.flat(teacher) | rows()
     with jax.set_mesh(found):
         params = jax.device_put(student, shardings)
         batch = {name: jax.device_put(x, structs[name].sharding) for name, x in batch.items()}
@@ -93,7 +94,7 @@ def test_the_loss_is_the_divergence_of_the_two_models(pair: str) -> None:
     made, batch, beta = objective(student, teacher), rows(), 0.3
     inputs = (batch["tokens"], batch["positions"], batch["segment_ids"])
     logs = []
-    for model, params in ((made._teacher, weights(teacher, 1)), (made.model, weights(student, 0))):
+    for model, params in ((made.teacher.model, weights(teacher, 1)), (made.model, weights(student, 0))):
         logits = np.asarray(model.apply({"params": params}, *inputs).logits, np.float64) / 2.0
         logits -= logits.max(-1, keepdims=True)
         logs.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
@@ -139,7 +140,7 @@ def test_the_program_holds_neither_logits_nor_the_teacher(monkeypatch: pytest.Mo
     """Logits exist for a chunk of tokens at a time; the teacher's weights are arguments."""
     monkeypatch.setattr("qwen3_jax.ops.loss._CHUNK_BYTES", ROWS * LENGTH * 64 * 4 // 4)
     made = objective(DENSE, MOE)
-    batch = TeacherFeed.of(None, weights(MOE, 1)).arrays | rows()  # type: ignore[arg-type]
+    batch = made.teacher.flat(weights(MOE, 1)) | rows()
     run = make_train_step(made, optax.sgd(1.0))
     text = jax.jit(run).lower(TrainState(weights(DENSE, 0), optax.sgd(1.0).init(weights(DENSE, 0))), batch).as_text()
     assert f"tensor<{ROWS * LENGTH // 8}x64xf32>" in text
