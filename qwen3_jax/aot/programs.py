@@ -11,9 +11,10 @@ import math
 import os
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -21,10 +22,15 @@ from jax.sharding import Mesh
 from qwen3_jax.chips import find_chip
 from qwen3_jax.config import ModelConfig
 from qwen3_jax.decode.programs import StepShapes, lower_prefill, lower_step, step_shapes
-from qwen3_jax.decode.schedule import STEPS, max_prefill_rows
+from qwen3_jax.decode.schedule import STEPS, bucket, max_prefill_rows
+from qwen3_jax.decode.weights import lower_weights
+from qwen3_jax.rl.objective import PolicyGradient
+from qwen3_jax.rl.run import policy_objective
 from qwen3_jax.train.config import TrainConfig
 from qwen3_jax.train.distill import Distill
 from qwen3_jax.train.flops import train_flops_per_token
+from qwen3_jax.train.next_token import NextToken
+from qwen3_jax.train.objective import Objective
 from qwen3_jax.train.program import TrainProgram
 from qwen3_jax.train.supervised import make_objective
 from sharding import MeshConfig, make_mesh, num_parts
@@ -32,15 +38,18 @@ from sharding import MeshConfig, make_mesh, num_parts
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """Decoding as infer.py does it, in bfloat16.
+    """Decoding as infer.py does it.
 
-    batch: number of rows. context: cache slots of a row, half of them for its prompt.
+    batch: number of rows. context: cache slots of a row. prompt: those of its prompt; None: half of them.
+    dtype: of weights and cache.
     """
 
     model: ModelConfig
     mesh: MeshConfig
     batch: int = 32
     context: int = 8192
+    prompt: int | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -50,6 +59,14 @@ class DecodeConfig:
             raise ValueError(
                 f"context: {self.context}; use an even number >= 2, at most max_position_embeddings ({longest})"
             )
+        if self.prompt is not None and not 1 <= self.prompt < self.context:
+            raise ValueError(f"prompt: {self.prompt}; use a number >= 1, below context ({self.context})")
+
+    @property
+    def slots(self) -> tuple[int, int]:
+        """Of the prompt, and of what is written after it."""
+        prompt = self.context // 2 if self.prompt is None else self.prompt
+        return prompt, self.context - prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,20 +142,102 @@ def train_step(config: TrainConfig) -> Work:
       ValueError: as `topology_mesh`, or sizes that do not divide by the mesh.
     """
     mesh, data = topology_mesh(config.mesh), config.data
-    objective = make_objective(config, markers=(0, 1))
-    program = TrainProgram(config, objective, mesh)
-    state, held = program.state.train, dict[str, float]()
-    if isinstance(objective, Distill):
-        held["teacher"] = shard_bytes([program.batch[name] for name in objective.teacher.arrays])
-    micro = data.batch_size // config.accumulation
+    program, objective, held = _training(config, mesh)
+    micro = data.batch_size // (config.accumulation * objective.updates)
     what = "train step" if config.teacher is None else "distillation step"
+    if config.rollouts is not None:
+        what += " on rollouts" + (f", {objective.updates} updates" if objective.updates > 1 else "")
     return Work(
         what=f"{what}, {data.batch_size:,} rows of {data.sequence_length:,} tokens, {micro:,} at a time",
         mesh=mesh,
         lower=program.lower,
-        held={"parameters": shard_bytes(state.params), "optimizer": shard_bytes(state.optimizer)} | held,
+        held=held,
         tokens=objective.tokens,
         flops=objective.flops,
+    )
+
+
+def _training(config: TrainConfig, mesh: Mesh) -> tuple[TrainProgram, Objective, dict[str, float]]:
+    """The program of a run, its objective, and the bytes of a chip's HBM that it holds from step to step."""
+    objective: PolicyGradient | NextToken
+    if config.rollouts is not None and config.teacher is None:
+        objective = policy_objective(config)
+    else:
+        objective = make_objective(config, markers=(0, 1))
+    program = TrainProgram(config, objective, mesh)
+    state = program.state.train
+    held = {"parameters": shard_bytes(state.params), "optimizer": shard_bytes(state.optimizer)}
+    others = {"teacher": objective.teacher} if isinstance(objective, Distill) else {}
+    if isinstance(objective, PolicyGradient) and objective.reference is not None:
+        others["reference"] = objective.reference
+    return (
+        program,
+        objective,
+        held
+        | {name: shard_bytes([program.batch[array] for array in frozen.arrays]) for name, frozen in others.items()},
+    )
+
+
+# The phases of a step on rollouts. What training holds stays in memory.
+ROLLOUT_PHASES = ("rollout_weights", "rollout_prefill", "rollout_step", "train_step")
+
+
+def rollout_weights(config: TrainConfig) -> Work:
+    """The weights into the decoding layout.
+
+    Raises: as `topology_mesh`.
+    """
+    mesh, decoding = topology_mesh(config.mesh), _decoding(config)
+    program, _, held = _training(config, mesh)
+    params = program.state.train.params
+    cast = shard_bytes(decode_shapes(decoding, mesh).params)
+    return Work(
+        what=f"weights to decode with, in {decoding.dtype}",
+        mesh=mesh,
+        lower=lambda: lower_weights(config.model, params, mesh, decoding.dtype),
+        held=held | {"decoding weights": cast},
+        elsewhere=sum(held.values()) - held["parameters"],
+        tokens=0,
+        flops=0.0,
+        bytes=(shard_bytes(params) + cast) * mesh.size,
+    )
+
+
+def rollout_prefill(config: TrainConfig) -> Work:
+    """Prefill of as many prompts as are admitted at once.
+
+    Raises: as `topology_mesh`.
+    """
+    return _beside_training(config, prefill(_decoding(config)))
+
+
+def rollout_step(config: TrainConfig) -> Work:
+    """One token for each row: the body of the decoding loop.
+
+    Raises: as `topology_mesh`.
+    """
+    return _beside_training(config, decode_step(_decoding(config)))
+
+
+def prefill_rows(config: TrainConfig) -> int:
+    """Prompts of rollouts that are read at once."""
+    return _prefill_rows(_decoding(config), topology_mesh(config.mesh))
+
+
+def _decoding(config: TrainConfig) -> DecodeConfig:
+    """The decoding of a run's rollouts, with the cache that its pool allocates."""
+    assert config.rollouts is not None
+    new, rows = bucket(config.rollouts.max_new_tokens), config.rollouts.rows
+    prompt = bucket(config.data.sequence_length - config.rollouts.max_new_tokens)
+    longest = max(prompt + new, config.model.max_position_embeddings)  # slots of a bucket need no position
+    model = dataclasses.replace(config.model, max_position_embeddings=longest)
+    return DecodeConfig(model, config.mesh, rows, prompt + new, prompt, config.rollouts.dtype)
+
+
+def _beside_training(config: TrainConfig, work: Work) -> Work:
+    held = {f"training: {name}": size for name, size in _training(config, work.mesh)[2].items()}
+    return dataclasses.replace(
+        work, what=f"rollouts: {work.what}", held=work.held | held, elsewhere=work.elsewhere + sum(held.values())
     )
 
 
@@ -147,22 +246,26 @@ def prefill(config: DecodeConfig) -> Work:
 
     Raises: as `topology_mesh`.
     """
-    mesh, model, prompt = topology_mesh(config.mesh), config.model, config.context // 2
-    takes = decode_shapes(config, mesh)
-    with jax.set_mesh(mesh):
-        rows = min(config.batch, max_prefill_rows(prompt, num_parts("attention_batch")))
+    mesh, model, (prompt, _) = topology_mesh(config.mesh), config.model, config.slots
+    takes, rows = decode_shapes(config, mesh), _prefill_rows(config, mesh)
     head = model.vocab_size * model.hidden_size  # only the last token of a prompt needs it
     forward = train_flops_per_token(model, prompt) / 3 - 2 * head
     state = shard_bytes(takes.state)
     return Work(
         what=f"prefill, {rows:,} of {config.batch:,} rows, prompts of {prompt:,} tokens",
         mesh=mesh,
-        lower=lambda: lower_prefill(model, mesh, batch=rows, prompt_slots=prompt),
+        lower=lambda: lower_prefill(model, mesh, batch=rows, prompt_slots=prompt, dtype=jnp.dtype(config.dtype)),
         held={"parameters": shard_bytes(takes.params), "cache": state},
         elsewhere=state,
         tokens=rows * prompt,
         flops=rows * prompt * forward,
     )
+
+
+def _prefill_rows(config: DecodeConfig, mesh: Mesh) -> int:
+    """Prompts that are read at once."""
+    with jax.set_mesh(mesh):
+        return min(config.batch, max_prefill_rows(config.slots[0], num_parts("attention_batch")))
 
 
 def decode_step(config: DecodeConfig) -> Work:
@@ -176,7 +279,7 @@ def decode_step(config: DecodeConfig) -> Work:
     return Work(
         what=f"decode step, {config.batch:,} rows with {config.context:,} cache slots each",
         mesh=mesh,
-        lower=lambda: lower_step(model, mesh, takes),
+        lower=lambda: lower_step(model, mesh, takes, jnp.dtype(config.dtype)),
         held={"parameters": shard_bytes(takes.params), "cache": shard_bytes(takes.state)},
         tokens=config.batch,
         flops=config.batch * forward,
@@ -188,8 +291,8 @@ def decode_step(config: DecodeConfig) -> Work:
 
 def decode_shapes(config: DecodeConfig, mesh: Mesh) -> StepShapes:
     """The arguments of a decode step, as shapes."""
-    half = config.context // 2
-    return step_shapes(config.model, mesh, batch=config.batch, slots=(half, half), columns=STEPS)
+    options: dict[str, Any] = {"slots": config.slots, "columns": STEPS, "dtype": jnp.dtype(config.dtype)}
+    return step_shapes(config.model, mesh, batch=config.batch, **options)
 
 
 def _must_read(config: DecodeConfig, takes: StepShapes) -> float:

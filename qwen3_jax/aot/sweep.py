@@ -16,17 +16,29 @@ import jax
 
 import qwen3_jax
 import sharding
-from qwen3_jax.aot.programs import decode_step, prefill, train_step, use_compiler
+from qwen3_jax.aot.programs import (
+    decode_step,
+    prefill,
+    rollout_prefill,
+    rollout_step,
+    rollout_weights,
+    train_step,
+    use_compiler,
+)
 from qwen3_jax.aot.report import Report, compile_report
 
-_PROGRAMS = {program.__name__: program for program in (train_step, prefill, decode_step)}
+_PROGRAMS = {
+    program.__name__: program
+    for program in (train_step, prefill, decode_step, rollout_weights, rollout_prefill, rollout_step)
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A program to compile.
 
-    program: "train_step", "prefill" or "decode_step". config: its `TrainConfig` or `DecodeConfig`.
+    program: "train_step", with rollouts "rollout_weights", "rollout_prefill" and "rollout_step" before it; "prefill" or
+      "decode_step". config: its `TrainConfig` or `DecodeConfig`.
     label: its values of the keys that a sweep changes.
     """
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qwen3_jax.aot.programs import DecodeConfig, topology_shape, use_compiler
+from qwen3_jax.aot.phases import phases_page
+from qwen3_jax.aot.programs import ROLLOUT_PHASES, DecodeConfig, topology_shape, use_compiler
 from qwen3_jax.aot.report import Report, page
 from qwen3_jax.aot.sweep import Job, run_jobs
 from qwen3_jax.aot.sweep_plot import plot_sweep
@@ -30,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `qwen3-jax plan`."""
     parser.epilog = _EPILOG
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", type=Path, help="a YAML file of train.py: its train step")
+    what.add_argument(
+        "--config", type=Path, help="a YAML file of train.py: its train step, and the phases of its rollouts"
+    )
     what.add_argument("--infer", action="store_true", help="prefill and decode step of infer.py")
     parser.add_argument("--topology", help="a slice, as v5p:4x4x4, v5e:4x4 or v5p-128; default: the mesh's own")
     parser.add_argument("--stage", help="with --config: of a plan of stages; default: the first")
@@ -40,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, help="with --infer: rows (default: 32)")
     parser.add_argument("--context", type=int, help="with --infer: room of a row, half of it prompt (default: 8192)")
+    parser.add_argument("--prompt-tokens", type=int, help="with rollouts: of a prompt (default: the most that fit)")
+    parser.add_argument("--new-tokens", type=int, help="with rollouts: of an answer (default: the most that fit)")
     parser.add_argument(
         "--sweep",
         nargs="+",
@@ -78,6 +83,9 @@ def run(args: argparse.Namespace) -> None:
                 print(json.dumps(named | outcome.to_json(args.price)), flush=True)
             elif not args.sweep:
                 print(page(outcome, args.price) + "\n", flush=True)
+    made_by = reports[0][0].config if reports else None
+    if isinstance(made_by, TrainConfig) and made_by.rollouts is not None and not args.sweep and not args.json:
+        print(phases_page(made_by, {job.program: report for job, report in reports}, *_lengths(args, made_by)))
     # The fastest first, those that do not fit last.
     reports.sort(key=lambda found: (not found[1].fits, -(found[1].tokens_per_second or 0) / found[1].chips))
     programs = list(dict.fromkeys(job.program for job, _ in reports))
@@ -92,6 +100,14 @@ def run(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+def _lengths(args: argparse.Namespace, config: TrainConfig) -> tuple[int, int]:
+    """Tokens of a prompt and of an answer to it; by default the most that fit."""
+    assert config.rollouts is not None
+    new = config.rollouts.max_new_tokens if args.new_tokens is None else args.new_tokens
+    prompt = config.data.sequence_length - config.rollouts.max_new_tokens
+    return prompt if args.prompt_tokens is None else args.prompt_tokens, new
+
+
 def _check(args: argparse.Namespace) -> None:
     for name in ("stage", "model", "mesh", "batch", "context"):
         other = "config" if name == "stage" else "infer"
@@ -101,6 +117,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--model: none; use a size of configs/model, such as qwen3-8b")
     if args.plot and not args.sweep:
         raise ValueError(f"--plot: {args.plot}; use --sweep with it")
+    for name in ("prompt_tokens", "new_tokens"):
+        if (tokens := getattr(args, name)) is not None and tokens < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: {tokens}; use a number >= 1")
     if args.price is not None and not 0 <= args.price < math.inf:
         raise ValueError(f"--price: {args.price}; use a number >= 0")
     for key, *values in args.sweep:
@@ -119,7 +138,9 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
         if config.mesh.topology is not None:
             mesh = dataclasses.replace(config.mesh, topology=slice_name(config.mesh.topology))
             config = dataclasses.replace(config, mesh=mesh)
-        programs = ("prefill", "decode_step") if args.infer else ("train_step",)
+        programs: tuple[str, ...] = ("prefill", "decode_step") if args.infer else ("train_step",)
+        if isinstance(config, TrainConfig) and config.rollouts is not None:
+            programs = ROLLOUT_PHASES
         jobs += [Job(program, config, label) for program in programs]
     return jobs
 

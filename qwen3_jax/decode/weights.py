@@ -46,6 +46,11 @@ def decoding_weights(config: ModelConfig, params: Any, dtype: Any = None) -> Any
     return jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), params, weight_shapes(config, mesh, dtype))
 
 
+def lower_weights(config: ModelConfig, params: Any, mesh: Mesh, dtype: Any) -> jax.stages.Lowered:
+    """The program of `decoding_weights`, lowered for the devices of the mesh; `params` are shapes with shardings."""
+    return _relayout(config, jnp.dtype(dtype), mesh).lower(params)
+
+
 @functools.cache
 def _relayout(config: ModelConfig, dtype: Any, mesh: Mesh | None) -> Any:
     """The program for one model, dtype and mesh."""

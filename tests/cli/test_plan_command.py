@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from qwen3_jax.aot.programs import ROLLOUT_PHASES
 from qwen3_jax.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +92,34 @@ def test_decoding(plan: Plan) -> None:
     assert any(row["count"] % 3 == 0 for row in step["costliest"])
     page = plan(*words)
     assert "floor of memory bandwidth" in page.stdout
+
+
+def test_the_phases_of_a_step_on_rollouts(plan: Plan) -> None:
+    """What training holds is in memory while answers are decoded; the table adds up the phases."""
+    words = [
+        *DENSE,
+        "--model.num_hidden_layers",
+        "1",
+        "--data.sequence_length",
+        "128",
+        "--rollouts.max_new_tokens",
+        "64",
+        "--rollouts.rows",
+        "8",
+    ]
+    words += ["--rollouts.samples", "4"]
+    weights, prefill, step, update = records(plan, *words)
+    assert [r["program"] for r in (weights, prefill, step, update)] == list(ROLLOUT_PHASES)
+    assert update["what"].startswith("train step on rollouts, 16 rows of 128 tokens")
+    for phase in (prefill, step):
+        assert phase["hbm"]["training: optimizer"] == update["hbm"]["optimizer"] > 0
+        assert phase["hbm"]["cache"] > 0
+    assert weights["hbm"]["decoding weights"] == step["hbm"]["parameters"]
+    table = plan(*words, "--new-tokens", "32", "--prompt-tokens", "16").stdout.split("a step: ")[1]
+    assert table.startswith("16 answers of 32 tokens to prompts of 16")
+    # 16 answers in 8 places are two times 32 steps; 16 + 32 tokens, two to a row of 128, fill half of the rows.
+    assert re.search(r"rollout_step +64 ", table)
+    assert "per chip" in table
 
 
 def test_a_chip_of_two_cores_is_one_device(plan: Plan) -> None:
