@@ -54,8 +54,6 @@ def start_processes() -> None:
     global _watch_thread
     skip_absent_tpu()
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        # Collectives of two programs in flight are mixed up between CPUs: Gloo tells them apart by their order alone.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
         jax.distributed.initialize(
             num_processes=_number("JAX_NUM_PROCESSES"),
             process_id=_number("JAX_PROCESS_ID"),

@@ -154,6 +154,7 @@ def train_step(config: TrainConfig) -> Work:
         held=held,
         tokens=objective.tokens,
         flops=objective.flops,
+        unknown_trips=config.accumulation if objective.may_be_empty else 1.0,
     )
 
 

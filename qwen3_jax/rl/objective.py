@@ -18,7 +18,7 @@ from qwen3_jax.train.flops import train_flops_per_token
 from qwen3_jax.train.frozen import Frozen
 from qwen3_jax.train.next_token import NextToken
 from qwen3_jax.train.objective import Batch, BatchArray, Metrics, Sums
-from qwen3_jax.train.step import unless_empty
+from qwen3_jax.train.step import over_filled
 
 # Mean exp|log p of the trainer - log p of the sampler|; above it, the two are not the same policy.
 _AGREEMENT = {"policy/sampler_ratio": 1.05}
@@ -93,11 +93,11 @@ class PolicyGradient(NextToken):
         """[A, B, T], of the targets; 0 where a micro-batch is padding alone."""
         head_VD = head_weight(model.config, params)
 
-        def score(nothing_BT: jax.Array, part: Batch) -> jax.Array:
+        def score(found_ABT: jax.Array, part: Batch) -> jax.Array:
             output: Any = model.apply({"params": params}, part["tokens"], part["positions"], part["segment_ids"])
-            return token_logprobs(output.hidden, head_VD, part["targets"]).logprob
+            logprobs_BT = token_logprobs(output.hidden, head_VD, part["targets"]).logprob
+            return found_ABT.at[part["number"]].set(logprobs_BT)
 
-        names = ("tokens", "positions", "segment_ids", "targets")
-        nothing_BT = jnp.zeros(micro_batches["tokens"].shape[1:], jnp.float32)
-        scored = unless_empty(score)
-        return jax.lax.map(lambda part: scored(nothing_BT, part), {name: micro_batches[name] for name in names})
+        parts = {name: micro_batches[name] for name in ("tokens", "positions", "segment_ids", "targets")}
+        nothing_ABT = jnp.zeros(parts["tokens"].shape, jnp.float32)
+        return over_filled(score, nothing_ABT, parts | {"number": jnp.arange(len(nothing_ABT))})

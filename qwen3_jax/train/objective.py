@@ -49,8 +49,8 @@ class Objective(Protocol):
     """What a batch holds and what its loss is. All functions are traced; `params` are the float32 weights.
 
     arrays: a step's batch, by name. tokens: of a step, for rates. flops: that a step needs, for its MFU.
-    updates: of the weights in a step. may_be_empty: whether a micro-batch may be padding alone (`segment_ids` of 0); it
-      is then passed over. limits: metrics that a run warns of when they are above the number.
+    updates: of the weights in a step. may_be_empty: whether the last micro-batches may be padding alone (`segment_ids`
+      of 0); they are then left out. limits: metrics that a run warns of when they are above the number.
     """
 
     arrays: Mapping[str, BatchArray]

@@ -91,8 +91,10 @@ def make_train_step(
 
             (_, sums), grads = jax.eval_shape(gradient, params, first, totals, None)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (sums, grads))
-            one = unless_empty(add) if objective.may_be_empty else add
-            (sums, grads), _ = jax.lax.scan(lambda carry, part: (one(carry, part), None), zeros, micro)
+            if objective.may_be_empty:
+                sums, grads = over_filled(add, zeros, micro)
+            else:
+                (sums, grads), _ = jax.lax.scan(lambda carry, part: (add(carry, part), None), zeros, micro)
         if shardings is not None:
             grads = jax.lax.with_sharding_constraint(grads, shardings)
         changes, optimizer_state = optimizer.update(grads, state.optimizer, params)
@@ -102,14 +104,14 @@ def make_train_step(
     return step
 
 
-def unless_empty(function: Callable[[Any, Batch], Any]) -> Callable[[Any, Batch], Any]:
-    """`function(found, part)`, or `found` as it is where the micro-batch `part` is padding alone."""
-
-    def passing_over(found: Any, part: Batch) -> Any:
-        is_filled = (part["segment_ids"] > 0).any()
-        return jax.lax.cond(is_filled, function, lambda found, part: found, found, part)
-
-    return passing_over
+def over_filled(function: Callable[[Any, Batch], Any], found: Any, micro: Batch) -> Any:
+    """`function(found, part)` over the micro-batches, one after the other, up to the last that is not padding alone."""
+    # Not `lax.cond` in each turn: XLA:CPU mixes up the collectives of its branches with others, over four processes.
+    is_filled_A = (micro["segment_ids"] > 0).any(axis=(1, 2))
+    number = jnp.max(jnp.where(is_filled_A, jnp.arange(1, len(is_filled_A) + 1), 0))
+    return jax.lax.fori_loop(
+        0, number, lambda i, found: function(found, {name: x[i] for name, x in micro.items()}), found
+    )
 
 
 def skip_bad_steps(
