@@ -17,7 +17,7 @@ test: $(VENV)/.parity
 test-quick: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m quick
 
-# Tests marked slow: recipes compiled for their slices; and 10,000 inputs to all that reads from outside. By hand.
+# Tests marked slow: recipes compiled for their slices; RL over four processes; and 10,000 inputs to all that reads from outside. By hand.
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
 	QWEN3_JAX_EXAMPLES=850 $(BIN)/python -m pytest tests/cli/test_outside_data.py

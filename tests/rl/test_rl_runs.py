@@ -143,7 +143,7 @@ def test_a_mesh_of_eight_has_the_same_answers_and_numbers(whole: Path, tmp_path:
     assert_same(tmp_path / "runs" / "toy" / "rl", whole)
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_have_the_same_answers_and_numbers(
     count: int, whole: Path, tmp_path: Path, coordinator_address: str
 ) -> None:
