@@ -79,7 +79,8 @@ def test_what_a_step_logs_is_what_its_rollouts_are(whole: Path) -> None:
         assert line["reward"] == pytest.approx(np.mean([answer["reward"] for answer in answers]))
         assert line["rollout/new_tokens"] == pytest.approx(np.mean([len(answer["token_ids"]) for answer in answers]))
         assert line["policy/ratio"] == 1.0
-        assert 0 < line["policy/sampler_gap"] < 1e-5
+        assert line["policy/sampler_gap"] < 1e-5
+        assert line["policy/largest_sampler_gap"] < 1e-4
         assert line["policy/sampler_ratio"] < 1 + 1e-5
         for answer in answers:
             right = solve(queries[answer["document"]]["prompt"]).answer
