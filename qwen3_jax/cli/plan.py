@@ -24,7 +24,7 @@ from qwen3_jax.train import TrainConfig
 from sharding import MeshConfig
 
 _EPILOG = """--section.key value, as of train.py, changes a key of the configuration. Keys of --infer are model, mesh,
-batch and context."""
+batch, context, prompt (its slots, of the context's) and dtype."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -56,9 +56,7 @@ class Stream:
         Raises:
           ValueError: `file:line: reason` for a malformed document.
         """
-        epoch, index = divmod(position, self.num_documents)
-        if self._shuffle:
-            index = shuffled(index, self.num_documents, self._salt, epoch)
+        epoch, index = document_at(position, self.num_documents, self._salt if self._shuffle else None)
         document = self._documents[index]
         encoded = self._encode(document)
         low, high = self.source.tokens or (0, math.inf)
@@ -98,6 +96,12 @@ class Mixture:
             "tokenizer": encoding,
             "sources": {stream.source.name: stream.order for stream in self.streams},
         }
+
+
+def document_at(position: int, count: int, salt: float | None) -> tuple[int, int]:
+    """`(epoch, index)` of a position in the endless order of `count` documents. `salt`: None does not shuffle them."""
+    epoch, index = divmod(position, count)
+    return epoch, index if salt is None else shuffled(index, count, salt, epoch)
 
 
 def uniform(*key: object) -> float:

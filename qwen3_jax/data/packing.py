@@ -43,10 +43,12 @@ class OpenRows(Generic[S]):
     An item goes to the row where it leaves the least free space. If it fits in none, it opens a row; if there are then
     too many, one is closed: the fullest, or the oldest once MAX_AGE rows were closed while it was open. No item waits
     forever.
+
+    length: tokens of a row. most: rows that may be open.
     """
 
-    def __init__(self, length: int) -> None:
-        self._length = length
+    def __init__(self, length: int, most: int = OPEN_ROWS) -> None:
+        self._length, self._most = length, most
         self.rows: list[OpenRow[S]] = []  # oldest first
 
     def add(self, item: S) -> list[S] | None:
@@ -58,7 +60,7 @@ class OpenRows(Generic[S]):
             best.used += len(item)
             return None
         self.rows.append(OpenRow([item], len(item)))
-        if len(self.rows) <= OPEN_ROWS:
+        if len(self.rows) <= self._most:
             return None
         oldest = self.rows[0]
         closed = oldest if oldest.age >= MAX_AGE else max(self.rows[:-1], key=lambda row: row.used)

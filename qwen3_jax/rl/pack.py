@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from qwen3_jax.data import DataConfig
-from qwen3_jax.data.packing import to_arrays
+from qwen3_jax.data.packing import OpenRows, to_arrays
 from qwen3_jax.decode import Request, Result
 from qwen3_jax.rl.advantages import AdvantageKind, group_advantages
 from qwen3_jax.rl.prompts import Asked
@@ -62,17 +62,10 @@ def is_settled(group: Sequence[Rollout]) -> bool:
 
 def packed(rollouts: Sequence[Rollout], length: int) -> list[list[Rollout]]:
     """Rows of at most `length` tokens: the longest first, each to the fullest row that it fits into."""
-    rows: list[list[Rollout]] = []
-    free: list[int] = []
+    rows = OpenRows[Rollout](length, most=len(rollouts))
     for rollout in sorted(rollouts, key=lambda rollout: (-len(rollout), rollout.number)):
-        fitting = [i for i, left in enumerate(free) if left >= len(rollout)]
-        best = min(fitting, key=lambda i: free[i], default=len(rows))
-        if best == len(rows):
-            rows.append([])
-            free.append(length)
-        rows[best].append(rollout)
-        free[best] -= len(rollout)
-    return rows
+        rows.add(rollout)
+    return [row.items for row in rows.rows]
 
 
 def to_batch(

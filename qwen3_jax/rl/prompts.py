@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3_jax.data.mixture import shuffled, uniform
+from qwen3_jax.data.mixture import document_at, uniform
 from qwen3_jax.data.source import Document, DocumentSource
 from qwen3_jax.decode import ThinkingTokens, check_request
 from qwen3_jax.request import Request
@@ -53,9 +53,13 @@ class Prompts:
         self.drawn = dict.fromkeys(self._sources, 0)
 
     @property
-    def content(self) -> dict[str, str]:
-        """A digest of each source's files."""
-        return {name: documents.content for name, documents in self._documents.items()}
+    def order(self) -> dict[str, Any]:
+        """What determines the order of the prompts, see `qwen3_jax.data.lanes.refuse_other_order`."""
+        sources = {
+            name: {"documents": len(documents), "content": documents.content, "weight": self._sources[name].weight}
+            for name, documents in self._documents.items()
+        }
+        return {"seed": self._data.seed, "shuffle": self._data.shuffle, "sources": sources}
 
     def draw(self) -> Asked:
         """The next prompt.
@@ -67,9 +71,8 @@ class Prompts:
         name = min(self._sources, key=lambda name: (self.drawn[name] + 1) / self._sources[name].weight)
         position, self.drawn[name] = self.drawn[name], self.drawn[name] + 1
         documents = self._documents[name]
-        epoch, index = divmod(position, len(documents))
-        if self._data.shuffle:
-            index = shuffled(index, len(documents), uniform(self._data.seed, name), epoch)
+        salt = uniform(self._data.seed, name) if self._data.shuffle else None
+        _, index = document_at(position, len(documents), salt)
         document = documents[index]
         try:
             record = parse_record(document.content)

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from qwen3_jax.data.lanes import refuse_other_order
 from qwen3_jax.decode import Pool, Result, ThinkingTokens
 from qwen3_jax.request import Request
 from qwen3_jax.rl.judges import Judges
@@ -77,17 +78,13 @@ class RolloutFeed:
         return {name: put(name, struct) for name, struct in self._structs.items()}
 
     def get_state(self) -> dict[str, Any]:
-        return {"step": self._step, "drawn": dict(self._prompts.drawn), "content": self._prompts.content}
+        return {"step": self._step, "drawn": dict(self._prompts.drawn), "order": self._prompts.order}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        changed = [name for name, content in self._prompts.content.items() if state["content"].get(name) != content]
-        if changed and not self._config.data.accept_changed:
-            raise ValueError(
-                f"data.sources.{changed[0]}: its files are not those of the checkpoint; use those, or "
-                "--data.accept_changed true to go on with these"
-            )
+        accept = self._config.data.accept_changed
+        refuse_other_order(self._prompts.order, {"prompts": state}, ["prompts"], accept_changed=accept)
         self._step = state["step"]
-        self._prompts.drawn |= {name: n for name, n in state["drawn"].items() if name in self._prompts.drawn}
+        self._prompts.drawn = dict(state["drawn"])
 
     def describe(self, directory: Path) -> None:
         """The tokenizer, and from now on `rollouts-STEP.jsonl` of each step."""
@@ -110,12 +107,13 @@ class RolloutFeed:
         kept: Groups = []
         settled: Groups = []
         self.numbers = {"rollout/prompts": 0.0}
-        for _ in range(1 + self._rollouts.refills):
+        refills = 0 if self._judges is None else self._rollouts.refills
+        for _ in range(1 + refills):
             first = self._rollouts.samples * int(self.numbers["rollout/prompts"])
             groups = self._answered(pool, first, wanted - len(kept))
             self.numbers["rollout/prompts"] += len(groups)
             for group in groups:
-                (settled if is_settled(group) and self._rollouts.refills else kept).append(group)
+                (settled if is_settled(group) and refills else kept).append(group)
             if len(kept) == wanted:
                 break
         self.numbers |= {"rollout/utilisation": pool.load.utilisation, "rollout/tokens": pool.load.tokens}

@@ -16,7 +16,7 @@ from qwen3_jax.train.loop import train
 from qwen3_jax.train.objective import batch_structs
 from qwen3_jax.train.start import load_weights
 from qwen3_jax.train.stop import StopSignal
-from qwen3_jax.train.supervised import make_network, make_objective, teacher_weights
+from qwen3_jax.train.supervised import check_vocabulary, make_network, make_objective, teacher_weights
 from sharding import make_mesh
 
 
@@ -24,9 +24,11 @@ def train_on_rollouts(config: TrainConfig, stop: StopSignal, console: Console) -
     """`train` on answers to the prompts of `config.data`: by their rewards, or with a teacher by its distribution.
 
     Raises:
-      ValueError: of `train`; a file of prompts that cannot be used, or a teacher with another tokenizer.
+      ValueError: of `train`; the tokenizer has more tokens than the model; a file of prompts cannot be used, or a
+        teacher has another tokenizer.
     """
     mesh = make_mesh(config.mesh)
+    check_vocabulary(config)
     objective: PolicyGradient | Distill
     if config.teacher is None:
         objective = policy_objective(config)

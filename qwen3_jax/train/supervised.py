@@ -53,13 +53,7 @@ def train_on_files(config: TrainConfig, stop: StopSignal, console: Console) -> s
       ValueError: of `train`; the tokenizer has more tokens than the model; or the teacher has another tokenizer.
     """
     mesh = make_mesh(config.mesh)
-    for name, data in (("data", config.data), ("eval_data", config.eval_data)):
-        # JAX clamps ids beyond the table without a word.
-        if data is not None and (count := load_tokenizer(data.tokenizer).num_tokens) > config.model.vocab_size:
-            raise ValueError(
-                f"model.vocab_size: {config.model.vocab_size}, but {name}.tokenizer {data.tokenizer!r} has {count} "
-                f"tokens; use at least {count}"
-            )
+    check_vocabulary(config)
     files = FileFeed(config.data, mesh, config.accumulation)
     _announce(files, "data", console)
     objective = make_objective(config, files.markers)
@@ -74,6 +68,18 @@ def train_on_files(config: TrainConfig, stop: StopSignal, console: Console) -> s
         _announce(held_out_files, "eval_data", console)
         held_out = HeldOut(objective, with_teacher(held_out_files), config.eval_batches)
     return train(config, objective, with_teacher(files), mesh, stop, console, held_out)
+
+
+def check_vocabulary(config: TrainConfig) -> None:
+    """Raises:
+    ValueError: a tokenizer has more tokens than the model. JAX would clamp ids beyond the table without a word.
+    """
+    for name, data in (("data", config.data), ("eval_data", config.eval_data)):
+        if data is not None and (count := load_tokenizer(data.tokenizer).num_tokens) > config.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size: {config.model.vocab_size}, but {name}.tokenizer {data.tokenizer!r} has {count} "
+                f"tokens; use at least {count}"
+            )
 
 
 def teacher_weights(config: TrainConfig, objective: Distill, mesh: Mesh, console: Console) -> Any:

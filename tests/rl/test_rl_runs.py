@@ -126,6 +126,21 @@ def test_a_run_that_was_killed_has_the_same_series_and_rollouts(whole: Path, tmp
         assert rollouts(run, step) == rollouts(whole, step)
 
 
+def test_a_teacher_scores_the_students_own_answers(tmp_path: Path) -> None:
+    """On-policy distillation: where the teacher is the student, nothing is learnt at first; no answer is judged, and so
+    none is replaced."""
+    teacher = ("--teacher.init_from", str(shipped_model()), "--rollouts.samples", "1", "--rollouts.refills", "1")
+    finish(start(prepare(tmp_path), *teacher, "--steps", "2", flags=QUICK_COMPILE))
+    run = tmp_path / "runs" / "toy" / "rl"
+    first, second = series(run)
+    assert abs(first["loss"]) < 1e-6
+    assert first["rollout/prompts"] == second["rollout/prompts"] == ANSWERS
+    assert "reward" not in first
+    answers = rollouts(run, 1)
+    assert len({answer["document"] for answer in answers}) == ANSWERS
+    assert not any("verdicts" in answer for answer in answers)
+
+
 def assert_same(run: Path, whole: Path) -> None:
     """The same answers to the last token, and the same numbers but for the order in which sums are taken."""
     for step in range(1, 7):
